@@ -1,0 +1,111 @@
+"""Writing files so that a kill or a full disk never leaves half of one behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from specmoe.errors import SpecmoeError
+
+__all__ = ["atomic_path", "read_json", "sha256_file", "write_json", "write_text"]
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path`` durably.
+
+    The content is flushed to disk before the rename and the directory after it, so after a crash at
+    any moment ``path`` holds either its old content or all of the new one.
+
+    Raises:
+        SpecmoeError: the disk is full, or the place cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        # A library that writes through a private file of its own would leave it unreadable to others.
+        temporary.chmod(mode)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        _discard(temporary)
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        raise SpecmoeError(f"cannot write {path}: {reason}") from error
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """What to tell the user about a failed write, or None if ``error`` is something else.
+
+    safetensors reports I/O errors as its own exception type with the system's error number in its text.
+    """
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+    if code == errno.EFBIG:
+        return "the file passes this process's or this disk's limit on file size; raise it, then run the same command again"
+    if code in {errno.ENOSPC, errno.EDQUOT}:
+        return "no space left on the disk; free some, then run the same command again to continue"
+    if code in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return "permission denied; choose another folder with --out"
+    if code is not None:
+        return os.strerror(code)
+    return str(error) if isinstance(error, OSError) else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as strict JSON (no NaN), atomically."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        SpecmoeError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecmoeError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecmoeError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

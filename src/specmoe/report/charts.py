@@ -1,0 +1,403 @@
+"""The charts that compare predictors: ranking, difference from ridge, cost, trained against untrained.
+
+Each function returns a Vega-Lite chart made by altair, or None where there is nothing to draw. Recalls are
+drawn in %. A chart whose data have a row per horizon shows those of the parameter ``horizon``, which the page
+sets; the data carry it as ``h``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import altair as alt
+
+from specmoe.files import atomic_path
+from specmoe.report.labels import LABEL_PLACES, label_places
+from specmoe.report.pareto import pareto_front
+from specmoe.report.select import CATEGORIES, RECALL, excludes_zero, far_horizon, finished, groups
+from specmoe.report.text import microseconds, percent, points
+from specmoe.report.theme import CATEGORY_SHAPES, LIGHT, vega_config
+from specmoe.results import Interval, PredictorResult, Results
+
+__all__ = [
+    "Row",
+    "Spec",
+    "category_encoding",
+    "finish",
+    "latency_front",
+    "over_ridge",
+    "parameter_front",
+    "ranking",
+    "ranking_figure",
+    "recall_domain",
+    "table",
+    "untrained",
+]
+
+Row: TypeAlias = dict[str, Any]
+Spec: TypeAlias = dict[str, Any]
+# altair's ``properties`` may return either.
+Layered: TypeAlias = alt.LayerChart | alt.FacetChart
+AnyChart: TypeAlias = Layered | alt.Chart | alt.VConcatChart | alt.HConcatChart
+_VERDICTS = ("ahead", "open", "behind")
+
+
+def table(name: str = "rows") -> alt.NamedData:
+    """Data that ``finish`` adds under this name; altair would copy them many times if it had them now."""
+    return alt.NamedData(name=name)
+
+
+def finish(chart: AnyChart, datasets: Mapping[str, Iterable[Row]], horizon: int | None = None) -> Spec:
+    """The chart as Vega-Lite JSON with its data. horizon: the one to show first, None if it shows all."""
+    # Not validated against the schema: that takes longer than all else, and the tests draw every chart.
+    spec = chart.to_dict(validate=False)
+    spec["datasets"] = {name: list(rows) for name, rows in datasets.items()}
+    if horizon is not None:
+        spec["params"] = [{"name": "horizon", "value": horizon}]
+    return spec
+
+
+def category_encoding(*, legend: bool = False) -> dict[str, Any]:
+    """Colour and shape by category; in the page one legend stands beside the charts instead of in each."""
+    domain, shapes = list(CATEGORIES), list(CATEGORY_SHAPES.values())
+    key = alt.Legend(title=None, orient="bottom", symbolOpacity=1) if legend else None
+    return {
+        "color": alt.Color("category:N", scale=alt.Scale(domain=domain), legend=key),
+        "shape": alt.Shape("category:N", scale=alt.Scale(domain=domain, range=shapes), legend=key),
+    }
+
+
+def recall_domain(intervals: Iterable[Interval], step: float = 10) -> tuple[float, float]:
+    """A range in % that holds all intervals, rounded outwards to ``step``."""
+    found = list(intervals)
+    low = min((interval.low for interval in found), default=0.0)
+    high = max((interval.high for interval in found), default=1.0)
+    return max(0.0, step * math.floor(100 * low / step)), min(100.0, step * math.ceil(100 * high / step))
+
+
+def ranking(results: Results, part: Sequence[PredictorResult], *, last: bool = True) -> Spec | None:
+    """recall@K with intervals of one group of predictors, best on top. last: carries the axis."""
+    domain = recall_domain(i for r in finished(results) for i in r.scores[RECALL].values())
+    rows = [row for r in part for row in _rows(r, r.scores[RECALL])]
+    return finish(_dots(_Look(domain, len(part), last)), {"rows": rows}, results.protocol.horizons[0]) if rows else None
+
+
+def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | None:
+    """Paired differences from ridge in points, and which of them are settled."""
+    rows = [
+        {**row, "verdict": _verdict(r.over_ridge[row["h"]]), "label": points(r.over_ridge[row["h"]])}
+        for r in learned
+        for row in _rows(r, r.over_ridge)
+    ]
+    if not rows:
+        return None
+    ends = [value for row in rows for value in (row["low"], row["high"])]
+    scale = alt.Scale(domain=[min(-0.5, *ends) * 1.05, max(0.5, *ends) * 1.18], nice=False, zero=False)
+    base = _base()
+    y = _names_axis("value")
+    title = "points of recall@K more than ridge"
+    axis = alt.Axis(tickCount=8)
+    x = alt.X("value:Q", title=title, scale=scale, axis=axis)
+    color = alt.Color(
+        "verdict:N",
+        scale=alt.Scale(domain=list(_VERDICTS), range="diverging"),
+        legend=None,
+    )
+    shape = alt.Shape("verdict:N", scale=alt.Scale(domain=list(_VERDICTS), range=["circle", "diamond", "square"]))
+    zero = alt.Chart(table("zero")).mark_rule(style="reference").encode(x="zero:Q")
+    chart = alt.layer(
+        zero,
+        base.mark_rule(strokeWidth=2.5).encode(
+            x=alt.X("low:Q", scale=scale, title=title, axis=axis), x2="high:Q", y=y, color=color
+        ),
+        base.mark_point(size=70, filled=True, opacity=1).encode(
+            x=x, y=y, color=color, shape=shape.legend(None), tooltip=_tooltip("difference, points")
+        ),
+        base.mark_text(align="left", dx=8, style="label").encode(
+            x=alt.X("high:Q", scale=scale, title=title, axis=axis), y=y, text="label:N"
+        ),
+    ).properties(width="container", height=26 * len({row["name"] for row in rows}))
+    return finish(chart, {"rows": rows, "zero": [{"zero": 0}]}, results.protocol.horizons[0])
+
+
+def parameter_front(results: Results) -> Spec | None:
+    """recall@K of the learned predictors against trained parameters, with the Pareto front."""
+    learned = [r for r in finished(results) if r.learned and r.parameters > 0]
+    rows = _front_rows([(r, float(r.parameters)) for r in learned], results)
+    if not rows:
+        return None
+    baselines: list[Row] = []
+    for h in results.protocol.horizons:
+        free = [r for r in finished(results) if not r.learned and h in r.scores[RECALL]]
+        if free:
+            strongest = max(free, key=lambda r: r.scores[RECALL][h].value)
+            value = 100 * strongest.scores[RECALL][h].value
+            baselines.append({"h": h, "value": value, "label": f"{strongest.name}, nothing trained"})
+    return _front_chart(rows, results, "trained parameters (log scale)", "~s", across=baselines)
+
+
+def latency_front(results: Results) -> Spec | None:
+    """recall@K against the time of one prediction, with the Pareto front and the layer's own compute time."""
+    timed = [(r, r.latency.p50_us) for r in finished(results) if r.latency is not None and r.latency.p50_us > 0]
+    rows = _front_rows(timed, results)
+    if not rows:
+        return None
+    budget = results.trace.layer_us_p50
+    upright = [{"cost": budget, "label": f"a layer computes: {microseconds(budget)}"}] if budget else []
+    return _front_chart(rows, results, "p50 of one prediction, µs (log scale)", "~s", upright=upright)
+
+
+def untrained(results: Results) -> Spec | None:
+    """recall@K of training-free predictors on the trained model's routing and on the untrained one's."""
+    rows: list[Row] = []
+    for result in finished(results):
+        for h, control in results.untrained.get(result.name, {}).items():
+            if h in result.scores[RECALL]:
+                here = result.scores[RECALL][h]
+                rows.append(
+                    {
+                        "h": h,
+                        "name": result.name,
+                        "trained": 100 * here.value,
+                        "untrained": 100 * control.value,
+                        "said": f"trained {percent(here)} %, untrained {percent(control)} %",
+                    }
+                )
+    if not rows:
+        return None
+    order = list(dict.fromkeys(row["name"] for row in rows))
+    y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(style="names", grid=False))
+    scale = alt.Scale(domain=[0, 100])
+    title = "recall@K, %"
+    base = _base()
+    tooltip = [alt.Tooltip("name:N", title="predictor"), alt.Tooltip("said:N", title="recall@K")]
+    models = ["trained model", "untrained control"]
+    legend = alt.Legend(title=None, orient="top", symbolStrokeWidth=2)
+    dots = [
+        base.transform_calculate(model=f"'{model}'")
+        .mark_point(size=80, filled=True, opacity=1)
+        .encode(
+            x=alt.X(f"{field}:Q", scale=scale, title=title),
+            y=y,
+            tooltip=tooltip,
+            color=alt.Color("model:N", scale=alt.Scale(domain=models), legend=legend),
+            shape=alt.Shape("model:N", scale=alt.Scale(domain=models, range=["circle", "diamond"]), legend=legend),
+        )
+        for model, field in zip(models, ("trained", "untrained"), strict=True)
+    ]
+    line = base.mark_rule(style="quiet").encode(x=alt.X("trained:Q", scale=scale, title=title), x2="untrained:Q", y=y)
+    chart = alt.layer(line, *dots).properties(width="container", height=28 * len(order))
+    return finish(chart, {"rows": rows}, results.protocol.horizons[0])
+
+
+def ranking_figure(results: Results, path: Path) -> None:
+    """Draw the ranking at the first horizon as a picture, for pages that show no HTML.
+
+    Args:
+        results: what was measured. path: ends in ``.png`` (twice the nominal resolution) or ``.svg``.
+
+    Raises:
+        ValueError: another ending. SpecmoeError: the file cannot be written.
+    """
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"{path}: a figure is a .png or an .svg file")
+    shown = list(dict.fromkeys((results.protocol.horizons[0], far_horizon(results))))
+    parts = [(sees, [r for r in part if shown[0] in r.scores[RECALL]]) for sees, part in groups(results)]
+    parts = [(sees, part) for sees, part in parts if part]
+    domain = recall_domain(
+        r.scores[RECALL][h] for _, part in parts for r in part for h in shown if h in r.scores[RECALL]
+    )
+    columns: list[alt.VConcatChart] = []
+    datasets: dict[str, list[Row]] = {}
+    for column, horizon in enumerate(shown):
+        charts: list[Layered] = []
+        for place, (sees, part) in enumerate(parts):
+            name = f"rows_{column}_{place}"
+            datasets[name] = [row for r in part for row in _rows(r, r.scores[RECALL]) if row["h"] == horizon]
+            look = _Look(
+                domain, len(part), last=place == len(parts) - 1, order=[r.name for r in part], names=column == 0
+            )
+            heading = f"sees {sees}" if column == 0 else " "
+            chart = _dots(look, name, horizon).properties(width=330, height=20 * len(part))
+            charts.append(chart.properties(title=alt.Title(heading, anchor="start", fontSize=12)))
+        if charts:
+            plural = "s" if horizon > 1 else ""
+            above = alt.Title(f"{horizon} MoE layer{plural} ahead", fontSize=13, anchor="start", offset=10)
+            columns.append(alt.vconcat(*charts, spacing=6).properties(title=above))
+    topology = results.trace.topology
+    title = alt.Title(
+        "Experts foreseen: recall@K, in %",
+        subtitle=f"{topology.model_id}: K={topology.top_k} of {topology.experts} experts, {topology.layers} layers; "
+        "test part, 95 % intervals over documents",
+        fontSize=16,
+        subtitleFontSize=12,
+        anchor="start",
+        offset=14,
+    )
+    datasets["none"] = [{}]
+    body: alt.HConcatChart | alt.Chart = alt.Chart(table("none")).mark_text(text="no predictor has a result")
+    if columns:
+        body = alt.hconcat(*columns, spacing=24)
+    config = vega_config(LIGHT)
+    config["background"] = "white"
+    config["font"] = "Helvetica, Arial, sans-serif"
+    config["text"]["font"] = config["font"]
+    spec = finish(body.properties(title=title, padding=16), datasets)
+    spec["config"] = config
+    import vl_convert
+
+    with atomic_path(path) as temporary:
+        if kind == "png":
+            temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+        else:
+            temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+
+
+def _rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[Row]:
+    return [
+        {
+            "h": h,
+            "name": result.name,
+            "category": result.category,
+            "value": 100 * interval.value,
+            "low": 100 * interval.low,
+            "high": 100 * interval.high,
+            "label": percent(interval),
+        }
+        for h, interval in by_horizon.items()
+    ]
+
+
+def _base(name: str = "rows", horizon: str | int = "horizon") -> alt.Chart:
+    return alt.Chart(table(name)).transform_filter(f"datum.h === {horizon}")
+
+
+def _names_axis(by: str) -> alt.Y:
+    """Predictors from top to bottom by falling ``by``."""
+    order = alt.EncodingSortField(field=by, op="max", order="descending")
+    return alt.Y("name:N", sort=order, title=None, axis=alt.Axis(style="names", grid=True))
+
+
+def _tooltip(measured: str) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip("name:N", title="predictor"),
+        alt.Tooltip("category:N", title="category"),
+        alt.Tooltip("label:N", title=measured),
+    ]
+
+
+class _Look(NamedTuple):
+    """How a dot plot looks: its range in %, rows, whether it carries the axis, a fixed order, whether it names rows."""
+
+    domain: tuple[float, float]
+    rows: int
+    last: bool
+    order: list[str] | None = None
+    names: bool = True
+
+
+def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> Layered:
+    """Points with intervals on stems, their values written beside them."""
+    low, high = look.domain
+    # Room at the right for the value that is written there.
+    scale = alt.Scale(domain=[low, high + 0.2 * (high - low)], nice=False, zero=False)
+    sort = look.order or alt.EncodingSortField(field="value", op="max", order="descending")
+    names = alt.Axis(style="names", grid=False) if look.names else alt.Axis(labels=False, ticks=False, domain=False)
+    y = alt.Y("name:N", sort=sort, title=None, axis=names)
+    axis = alt.Axis(
+        values=[value for value in range(0, 101, 10) if low <= value <= high],
+        labels=look.last,
+        ticks=False,
+        domain=False,
+    )
+    title = "recall@K, %" if look.last else None
+
+    def across(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", scale=scale, title=title, axis=axis)
+
+    base, marks = _base(name, horizon), category_encoding(legend=look.order is not None)
+    stem = base.transform_calculate(start=f"{low}").mark_rule(style="stem").encode(x=across("start"), x2="low:Q", y=y)
+    interval = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
+        x=across("low"), x2="high:Q", y=y, color=marks["color"]
+    )
+    point = base.mark_point(size=64, filled=True, opacity=1).encode(
+        x=across("value"), y=y, tooltip=_tooltip("recall@K, %"), **marks
+    )
+    label = base.mark_text(align="left", dx=9, style="label").encode(x=across("high"), y=y, text="label:N")
+    return alt.layer(stem, interval, point, label).properties(width="container", height=24 * look.rows)
+
+
+def _verdict(difference: Interval) -> str:
+    if not excludes_zero(difference):
+        return "open"
+    return "ahead" if difference.value > 0 else "behind"
+
+
+def _front_rows(costs: Sequence[tuple[PredictorResult, float]], results: Results) -> list[Row]:
+    """Points by horizon, whether they are on the front, and where its names fit; the weak are left out."""
+    rows: list[Row] = []
+    for h in results.protocol.horizons:
+        there = [(r, cost) for r, cost in costs if h in r.scores[RECALL]]
+        enough = 0.5 * max((r.scores[RECALL][h].value for r, _ in there), default=0.0)
+        there = [(r, cost) for r, cost in there if r.scores[RECALL][h].value >= enough]
+        front = set(pareto_front([cost for _, cost in there], [r.scores[RECALL][h].value for r, _ in there]))
+        found = [
+            {**_rows(r, {h: r.scores[RECALL][h]})[0], "cost": cost, "front": index in front}
+            for index, (r, cost) in enumerate(there)
+        ]
+        places = label_places(
+            [(math.log(row["cost"]), row["value"]) for row in found],
+            [row["name"] if row["front"] else "" for row in found],
+        )
+        rows += [{**row, "place": place} for row, place in zip(found, places, strict=True)]
+    return rows
+
+
+def _front_chart(
+    rows: list[Row],
+    results: Results,
+    title: str,
+    number: str,
+    *,
+    across: Sequence[Row] = (),
+    upright: Sequence[Row] = (),
+) -> Spec:
+    """Recall against a cost. across: horizontal reference lines by horizon. upright: vertical ones."""
+    base = _base()
+    costs = [row["cost"] for row in (*rows, *upright)]
+    scale = alt.Scale(type="log", domain=[min(costs) / 1.6, max(costs) * 1.6], nice=False)
+    x = alt.X("cost:Q", scale=scale, title=title, axis=alt.Axis(format=number, grid=False, tickCount=5))
+    y = alt.Y("value:Q", scale=alt.Scale(zero=False, padding=18), title="recall@K, %", axis=alt.Axis(tickCount=6))
+    tooltip = [*_tooltip("recall@K, %"), alt.Tooltip("cost:Q", title=title, format=",")]
+    layers: list[alt.Chart] = [
+        base.transform_filter("datum.front").mark_line(style="quiet", interpolate="step-after").encode(x=x, y=y),
+        base.mark_rule(strokeWidth=2, opacity=0.5).encode(
+            x=x, y=alt.Y("low:Q", title="recall@K, %"), y2="high:Q", color=category_encoding()["color"]
+        ),
+        base.mark_point(size=80, filled=True, opacity=1).encode(x=x, y=y, tooltip=tooltip, **category_encoding()),
+    ]
+    for place, mark in LABEL_PLACES.items():
+        named = base.transform_filter(f"datum.place === '{place}'")
+        layers.append(named.mark_text(style="label", **mark).encode(x=x, y=y, text="name:N"))
+    if across:
+        line = _base("across")
+        layers.append(line.mark_rule(style="reference").encode(y=y))
+        layers.append(
+            line.mark_text(align="right", dy=9, style="reference-text").encode(
+                y=y, x=alt.value("width"), text="label:N"
+            )
+        )
+    if upright:
+        line = alt.Chart(table("upright"))
+        layers.append(line.mark_rule(style="reference").encode(x=x))
+        layers.append(
+            line.mark_text(align="left", dx=5, baseline="bottom", style="reference-text").encode(
+                x=x, y=alt.value("height"), text="label:N"
+            )
+        )
+    chart = alt.layer(*layers).properties(width="container", height=340)
+    return finish(chart, {"rows": rows, "across": across, "upright": upright}, results.protocol.horizons[0])

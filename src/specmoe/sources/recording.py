@@ -1,0 +1,156 @@
+"""Hooks that watch the routers of a live model and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specmoe.errors import SpecmoeError
+from specmoe.sources.families import Family, router_sites
+
+__all__ = ["ForwardRoutes", "LayerRoute", "Recorder", "recorded_routes", "run_model"]
+
+
+@dataclass(frozen=True)
+class LayerRoute:
+    """What one MoE layer did in one forward pass, for the N tokens that are no padding.
+
+    Attributes:
+        hidden: [N, D], the router's input. logits: [N, E], its output.
+        ids: [N, K] int64, the experts that were really executed, -1 for a slot without one.
+        weights: [N, K], the weight of each expert's output.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class ForwardRoutes:
+    """One forward pass of a stack: its token ids [N] (documents of a batch one behind the other) and layers."""
+
+    token_ids: Tensor
+    layers: list[LayerRoute]
+
+
+class Recorder:
+    """Gathers what the hooks of :func:`recorded_routes` see. One entry per forward pass of the stack."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._finished: list[ForwardRoutes] = []
+        self._inputs: dict[str, Any] = {}
+        self._routers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._routes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def take(self) -> list[ForwardRoutes]:
+        """The forward passes since the last call; the recorder forgets them."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _open(self, inputs: dict[str, Any]) -> None:
+        # A forward pass that raised left its layers here.
+        self._routers, self._routes, self._inputs = {}, {}, inputs
+
+    def _close(self) -> None:
+        for layer in range(self._layers):
+            if layer not in self._routers or layer not in self._routes:
+                raise SpecmoeError(f"MoE layer {layer} ran without its router or its experts; its route is unknown")
+        token_ids: Tensor = self._inputs["input_ids"]
+        mask: Tensor | None = self._inputs.get("attention_mask")
+        kept: Tensor | None = None
+        if mask is not None and mask.ndim == 2:
+            # While decoding, the mask also covers the tokens that are already in the cache.
+            kept = mask[:, -token_ids.shape[1] :].flatten().bool()
+            kept = None if bool(kept.all()) else kept
+        layers = [
+            LayerRoute(*(tensor if kept is None else tensor[kept] for tensor in (*self._routers[i], *self._routes[i])))
+            for i in range(self._layers)
+        ]
+        token_ids = token_ids.flatten()
+        self._finished.append(ForwardRoutes(token_ids if kept is None else token_ids[kept], layers))
+        self._open({})
+
+
+@contextmanager
+def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) -> Iterator[Recorder]:
+    """Record every forward pass of one stack of ``model`` while the context lasts.
+
+    Each MoE layer's router is watched for its input and logits, its experts for the ids and weights that
+    they are called with, the stack for its token ids and attention mask (a batch is padded where that is
+    0; without a mask nothing is). The hooks return nothing, so the model computes what it would without.
+
+    Raises:
+        SpecmoeError: no such stack, or it has no MoE layer.
+    """
+    sites = router_sites(model, family, stack)
+    owner = model.get_submodule(family.stacks[stack or next(iter(family.stacks))].rpartition(".")[0])
+    recorder = Recorder(len(sites))
+
+    def opened(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        recorder._open({"input_ids": arguments[0], **named} if arguments else named)
+
+    def closed(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        recorder._close()
+
+    def router_ran(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            logits = family.read_logits(output)
+            recorder._routers[layer] = arguments[0].detach().flatten(0, -2), logits.detach().flatten(0, -2)
+
+        return hook
+
+    def experts_run(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            ids, weights = family.read_route(arguments)
+            recorder._routes[layer] = ids.detach(), weights.detach()
+
+        return hook
+
+    handles = []
+    try:
+        handles.append(owner.register_forward_pre_hook(opened, with_kwargs=True))
+        handles.append(owner.register_forward_hook(closed))
+        for site in sites:
+            handles.append(site.router.register_forward_hook(router_ran(site.layer)))
+            handles.append(site.experts.register_forward_pre_hook(experts_run(site.layer)))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_model(model: Any, family: Family, documents: Sequence[Sequence[int]]) -> None:
+    """One forward pass over token ids, padded on the right. What it computes is read by the hooks.
+
+    A decoder reads each document from its start. An encoder-decoder reads the first half and continues
+    with the second, as its pretraining does (prefix language modelling, Raffel et al., 2020).
+    """
+    if family.is_encoder_decoder:
+        first, first_mask = _padded([ids[: len(ids) // 2] for ids in documents], model.device)
+        second, second_mask = _padded([ids[len(ids) // 2 :] for ids in documents], model.device)
+        model(
+            input_ids=first,
+            attention_mask=first_mask,
+            decoder_input_ids=second,
+            decoder_attention_mask=second_mask,
+            use_cache=False,
+        )
+        return
+    ids, mask = _padded(documents, model.device)
+    # Without the language-model head: nobody reads next-token logits here.
+    model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def _padded(documents: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    longest = max(len(ids) for ids in documents)
+    rows = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in documents], device=device)
+    lengths = torch.tensor([len(ids) for ids in documents], device=device)
+    return rows, (torch.arange(longest, device=device) < lengths[:, None]).long()

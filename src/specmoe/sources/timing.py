@@ -1,0 +1,89 @@
+"""What one layer costs the model itself: the time that a prediction has to beat."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from specmoe.sources.families import Family, router_sites
+
+__all__ = ["machine_name", "measure_layer_us"]
+
+
+def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, steps: int = 50) -> float:
+    """Median time in µs of one MoE transformer layer for a single token at batch 1, on one CPU thread.
+
+    A decoder stack decodes with a cache behind 16 tokens. An encoder has no decoding: it reads one token.
+    """
+    stack = stack or next(iter(family.stacks))
+    seconds: list[float] = []
+    started = 0.0
+
+    def before(_module: nn.Module, _arguments: Any) -> None:
+        nonlocal started
+        _synchronise(model.device)
+        started = time.perf_counter()
+
+    def after(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        _synchronise(model.device)
+        seconds.append(time.perf_counter() - started)
+
+    handles = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for site in router_sites(model, family, stack):
+            handles.append(site.block.register_forward_pre_hook(before))
+            handles.append(site.block.register_forward_hook(after))
+        with torch.inference_mode():
+            _decode(model, family, stack, steps, seconds.clear)
+    finally:
+        torch.set_num_threads(threads)
+        for handle in handles:
+            handle.remove()
+    return sorted(seconds)[len(seconds) // 2] * 1e6
+
+
+def _decode(model: Any, family: Family, stack: str, steps: int, warmed_up: Callable[[], None]) -> None:
+    prompt = torch.zeros(1, 16, dtype=torch.long, device=model.device)
+    token = prompt[:, :1]
+    if stack == "encoder":
+        for step in range(steps + 2):
+            model.get_encoder()(input_ids=token)
+            if step == 1:
+                warmed_up()
+        return
+    ids_name = "decoder_input_ids" if family.is_encoder_decoder else "input_ids"
+    named: dict[str, Any] = {"input_ids": prompt} if family.is_encoder_decoder else {}
+    output = model(**{**named, ids_name: prompt}, use_cache=True)
+    if family.is_encoder_decoder:
+        named = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+    for step in range(steps + 2):
+        output = model(**named, **{ids_name: token}, past_key_values=output.past_key_values, use_cache=True)
+        if step == 1:
+            warmed_up()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine_name(device: str) -> str:
+    """Name of the processor and its cores, or of the accelerator."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"

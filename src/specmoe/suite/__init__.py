@@ -1,0 +1,1 @@
+"""Many runs: predictors × seeds, resumable, then one results file."""

@@ -1,0 +1,302 @@
+"""From finished jobs to one results file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import specmoe
+from specmoe.evaluation import (
+    BOOTSTRAP_DRAWS,
+    Ratios,
+    Tally,
+    by_horizon,
+    expected_calibration_error,
+    paired_difference,
+    recall_by_document,
+    recall_by_layer,
+    reliability,
+)
+from specmoe.latency import measure_latency
+from specmoe.metrics import budgets_of
+from specmoe.predictors.base import parameter_count
+from specmoe.predictors.registry import PREDICTORS
+from specmoe.results import (
+    ByHorizon,
+    Control,
+    Journey,
+    Made,
+    PredictorResult,
+    Protocol,
+    Results,
+    SeedResult,
+    SplitFacts,
+    TraceFacts,
+)
+from specmoe.suite.controls import controls_of
+from specmoe.suite.data import SuiteData, trace_fingerprint
+from specmoe.suite.jobs import Job, load_foreseen, load_predictor, load_tally
+from specmoe.trace import Trace
+from specmoe.trace.record import Phase
+
+__all__ = ["assemble", "made_now"]
+
+_RIDGE = "Ridge"
+_JOURNEY_TOKENS = 40
+
+
+def assemble(
+    data: SuiteData,
+    out: Path,
+    jobs: dict[Job, SeedResult],
+    names: Sequence[str],
+    *,
+    made: Made,
+    seeds: Sequence[int],
+    control: tuple[TraceFacts, dict[str, ByHorizon]] | None = None,
+    tokens_of: Any = None,
+) -> Results:
+    """Put everything that was measured into one results object.
+
+    Args:
+        jobs: finished jobs and their results. names: the predictors asked for, also those that were skipped.
+        control: an untrained model's trace and what the training-free predictors reach on it.
+        tokens_of: token ids → texts, for the journey; None if no tokenizer is at hand.
+    """
+    by_predictor = {name: [job for job in jobs if job.predictor == name] for name in names}
+    predictors = [one_predictor(name, by_predictor[name], jobs, data, out) for name in names]
+    topology = data.topology
+    return Results(
+        made=made,
+        trace=trace_facts(data.trace),
+        split=SplitFacts(
+            hash=data.split.hash,
+            seed=data.split.seed,
+            documents={part: len(indices) for part, indices in data.split.parts.items()},
+            tokens={
+                part: sum(data.trace.documents[index].tokens for index in indices)
+                for part, indices in data.split.parts.items()
+            },
+            held_out_domain=data.split.domain,
+        ),
+        protocol=Protocol(
+            horizons=data.horizons,
+            budgets=budgets_of(topology.top_k, topology.experts),
+            seeds=tuple(seeds),
+            bootstrap_draws=BOOTSTRAP_DRAWS,
+        ),
+        predictors=tuple(with_lift(predictors, by_predictor, jobs, data, out)),
+        controls=tuple([*controls_of(data), *chance_control(predictors, data)]),
+        control_trace=control[0] if control else None,
+        untrained=control[1] if control else {},
+        journey=journey_of(by_predictor, jobs, data, out, tokens_of),
+    )
+
+
+def one_predictor(
+    name: str, own: list[Job], jobs: dict[Job, SeedResult], data: SuiteData, out: Path
+) -> PredictorResult:
+    """All numbers of one predictor, except those relative to others."""
+    kind = PREDICTORS[name]
+    recipe = kind.recipe
+    facts: dict[str, Any] = {
+        "name": name,
+        "category": recipe.category,
+        "sees": recipe.sees,
+        "needs": tuple(sorted(recipe.needs)),
+        "source": recipe.source,
+        "learned": recipe.epochs > 0,
+        "parameters": parameter_count(kind(data.topology, data.horizons)),
+    }
+    lacks = data.lacks(kind)
+    if lacks:
+        return PredictorResult(**facts, status="skipped", reason=lacks)
+    seeds = tuple(jobs[job] for job in own)
+    finished = [job for job in own if jobs[job].status == "ok"]
+    if not finished:
+        reason = next((seed.reason for seed in seeds if seed.reason), "no seed finished")
+        return PredictorResult(**facts, status="failed", reason=reason, seeds=seeds)
+    tallies = tallies_of(finished, out, "test")
+    held_out = tallies_of(finished, out, "held_out_domain")
+    scores = {metric: by_horizon(Ratios.of(tallies, metric), data.horizons) for metric in tallies[0].sums}
+    scores["ece"] = expected_calibration_error(tallies, data.horizons)
+    return PredictorResult(
+        **facts,
+        seeds=seeds,
+        scores=scores,
+        per_layer=recall_by_layer(tallies),
+        per_domain=per_domain(tallies, data),
+        per_phase={
+            phase.name.lower(): values
+            for phase in Phase
+            if (values := by_horizon(Ratios.of(tallies, "recall@K", phase=int(phase)), data.horizons))
+        },
+        held_out_domain=by_horizon(Ratios.of(held_out, "recall@K"), data.horizons) if held_out else {},
+        calibration=reliability(tallies, data.horizons),
+        document_recall=recall_by_document(tallies),
+        latency=measure_latency(load_predictor(finished[0], out, data), data.journey[1]),
+    )
+
+
+def tallies_of(jobs: Sequence[Job], out: Path, part: str) -> list[Tally]:
+    """The sums of one part, one entry a seed."""
+    return [tally for job in jobs if (tally := load_tally(job, out, part)) is not None]
+
+
+def per_domain(tallies: Sequence[Tally], data: SuiteData) -> dict[str, ByHorizon]:
+    """recall@K by domain of the test documents."""
+    domains = [data.trace.documents[index].domain for index in tallies[0].documents.tolist()]
+    return {
+        domain: by_horizon(
+            Ratios.of(tallies, "recall@K", torch.tensor([name == domain for name in domains])), data.horizons
+        )
+        for domain in sorted(set(domains))
+    }
+
+
+def with_lift(
+    predictors: list[PredictorResult],
+    by_predictor: dict[str, list[Job]],
+    jobs: dict[Job, SeedResult],
+    data: SuiteData,
+    out: Path,
+) -> list[PredictorResult]:
+    """Add the paired differences to ridge and to the strongest training-free predictor of each horizon.
+
+    The strongest is chosen on the test part itself, which can only make it look better.
+    """
+
+    def ratios(name: str) -> Ratios:
+        finished = [job for job in by_predictor[name] if jobs[job].status == "ok"]
+        return Ratios.of(tallies_of(finished, out, "test"), "recall@K")
+
+    free = [p for p in predictors if not p.learned and p.status == "ok"]
+    strongest = {
+        horizon: max(free, key=lambda p: p.scores["recall@K"][horizon].value).name
+        for horizon in data.horizons
+        if free and all(horizon in p.scores["recall@K"] for p in free)
+    }
+    has_ridge = any(p.name == _RIDGE for p in free)
+    extended = []
+    for predictor in predictors:
+        if predictor.status != "ok":
+            extended.append(predictor)
+            continue
+        own = ratios(predictor.name)
+        differences = {name: paired_difference(own, ratios(name), data.horizons) for name in set(strongest.values())}
+        lift = {
+            horizon: differences[name][horizon] for horizon, name in strongest.items() if horizon in differences[name]
+        }
+        over_ridge = {}
+        if has_ridge and predictor.name != _RIDGE:
+            over_ridge = paired_difference(own, ratios(_RIDGE), data.horizons)
+        extended.append(predictor.model_copy(update={"lift": lift, "over_ridge": over_ridge}))
+    return extended
+
+
+def chance_control(predictors: Sequence[PredictorResult], data: SuiteData) -> list[Control]:
+    """The random predictor must find K of E."""
+    for predictor in predictors:
+        if predictor.name == "RandomGuess" and predictor.status == "ok":
+            measured = predictor.scores["recall@K"][data.horizons[0]]
+            chance = data.topology.top_k / data.topology.experts
+            return [
+                Control(
+                    name="random guesses (recall@K, first horizon)",
+                    expected=f"K / E = {100 * chance:.1f} %",
+                    value=round(100 * measured.value, 3),
+                    holds=abs(measured.value - chance) < max(0.01, 0.1 * chance),
+                )
+            ]
+    return []
+
+
+def journey_of(
+    by_predictor: dict[str, list[Job]], jobs: dict[Job, SeedResult], data: SuiteData, out: Path, tokens_of: Any
+) -> Journey:
+    """A stretch of one test document: where each token went, and what was foreseen for that place."""
+    index, window = data.journey
+    shown = min(_JOURNEY_TOKENS, int(window.valid_BT.sum()))
+    layers = data.topology.layers
+    predictions = {}
+    for name, own in by_predictor.items():
+        finished = [job for job in own if jobs[job].status == "ok"]
+        if finished:
+            foreseen = load_foreseen(finished[0], out).flatten(0, 1)
+            predictions[name] = {
+                horizon: tuple(
+                    tuple(
+                        tuple(foreseen[place - horizon, i].tolist()) if place >= horizon else None
+                        for place in range(t * layers, (t + 1) * layers)
+                    )
+                    for t in range(shown)
+                )
+                for i, horizon in enumerate(data.horizons)
+            }
+    token_ids = window.token_ids_BT[0, :shown].tolist()
+    return Journey(
+        document=data.trace.documents[index].doc_id,
+        tokens=tuple(tokens_of(token_ids)) if tokens_of else tuple("" for _ in token_ids),
+        actual=tuple(
+            tuple(tuple(e for e in ids if e >= 0) for ids in token) for token in window.expert_ids_BTLK[0, :shown].tolist()
+        ),
+        predictions=predictions,
+    )
+
+
+def trace_facts(trace: Trace) -> TraceFacts:
+    """What a results file keeps of a trace."""
+    return TraceFacts(
+        name=trace.directory.name,
+        fingerprint=trace_fingerprint(trace),
+        topology=trace.topology,
+        tokens=trace.tokens,
+        documents=len(trace),
+        domains=len({document.domain for document in trace.documents}),
+        fields=trace.manifest.fields,
+        source=trace.manifest.source.model_dump(mode="json"),
+        layer_us_p50=trace.manifest.timing.layer_us_p50 if trace.manifest.timing else None,
+    )
+
+
+def made_now(seconds: float) -> Made:
+    """Date, commit, command, versions and hardware of this process."""
+    return Made(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        command=" ".join(["specmoe", *sys.argv[1:]]),
+        versions={"specmoe": specmoe.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        hardware={
+            "processor": _processor(),
+            "cores": str(os.cpu_count()),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
+        seconds=round(seconds, 1),
+    )
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

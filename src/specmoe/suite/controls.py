@@ -1,0 +1,77 @@
+"""Checks whose outcome is known beforehand. If one does not hold, no other number is worth reading."""
+
+from __future__ import annotations
+
+import torch
+
+from specmoe.dataset import Windows
+from specmoe.evaluation import evaluate
+from specmoe.metrics import ranks
+from specmoe.predictors.base import Knowledge
+from specmoe.predictors.layer_frequency import LayerFrequency
+from specmoe.predictors.ridge import Ridge
+from specmoe.results import Control
+from specmoe.suite.data import SuiteData, with_shuffled_hidden
+
+__all__ = ["controls_of"]
+
+
+def controls_of(data: SuiteData) -> list[Control]:
+    """Run every control that the trace allows."""
+    controls = []
+    true_router = true_router_recall(data)
+    if true_router is not None:
+        controls.append(
+            Control(
+                name="h = 0: the true router on its recorded input",
+                expected="100.0 % of the recorded experts",
+                value=round(100 * true_router, 3),
+                holds=round(100 * true_router, 1) == 100.0,
+            )
+        )
+    if data.train.hidden is not None:
+        gap = shuffled_gap(data)
+        controls.append(
+            Control(
+                name="ridge on router inputs of other tokens, minus layer frequency (h = 1, recall@K)",
+                expected="nothing to learn: at most 1 point above layer frequency",
+                value=round(100 * gap, 3),
+                unit="points",
+                holds=gap < 0.01,
+            )
+        )
+    return controls
+
+
+def true_router_recall(data: SuiteData) -> float | None:
+    """Share of the recorded experts that the model's routers choose again from the recorded inputs.
+
+    Only where the routers' weights were kept and every layer routes by the largest logits (a trace whose
+    own logits do not say so has another rule). None where that cannot be checked.
+    """
+    weight, bias = data.knowledge.router_weight_LED, data.knowledge.router_bias_LE
+    windows = data.evaluated["test"]
+    if weight is None or bias is None or windows.hidden is None:
+        return None
+    hits = needed = 0
+    for window in windows.batches(8):
+        assert window.hidden_BTLD is not None
+        logits = torch.einsum("btld,led->btle", window.hidden_BTLD, weight) + bias
+        ids = torch.where(window.valid_BT[..., None, None], window.expert_ids_BTLK, -1)
+        hits += int((ranks(logits, ids) < data.topology.top_k).sum())
+        needed += int((ids >= 0).sum())
+    return hits / max(1, needed)
+
+
+def shuffled_gap(data: SuiteData) -> float:
+    """recall@K at h = 1 of ridge regression on shuffled router inputs, minus that of layer frequency."""
+    horizons = data.horizons[:1]
+    train: Windows = with_shuffled_hidden(data.train)
+    validation = with_shuffled_hidden(data.validation, seed=1)
+    knowledge = Knowledge(lambda: train.batches(32))
+    recalls = []
+    for kind in (Ridge, LayerFrequency):
+        predictor = kind(data.topology, horizons)
+        predictor.prepare(knowledge)
+        recalls.append(evaluate(predictor, validation).recall()[0])
+    return recalls[0] - recalls[1]

@@ -1,0 +1,149 @@
+"""What all runs of a suite share: one trace, one split, its windows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specmoe.dataset import PARTS, Split, Window, Windows, split_documents
+from specmoe.errors import SpecmoeError
+from specmoe.predictors.base import Knowledge, Predictor
+from specmoe.topology import Topology
+from specmoe.trace import Trace
+
+__all__ = ["SuiteData", "trace_fingerprint"]
+
+TRAINING_LENGTH = 32
+EVALUATION_LENGTH = 512
+EVALUATION_CONTEXT = 64
+# The training part is large and its recall only shows the gap to the others: a sample is enough.
+_TRAINING_SAMPLE_TOKENS = 6000
+_JOURNEY_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class SuiteData:
+    """A trace cut by the protocol.
+
+    Attributes:
+        trace: it. split: by document. train: short windows to learn from. validation: whole documents.
+        horizons: that are predicted.
+    """
+
+    trace: Trace
+    split: Split
+    train: Windows
+    validation: Windows
+    horizons: tuple[int, ...]
+
+    @classmethod
+    def load(cls, path: Path, horizons: tuple[int, ...], split_seed: int = 0) -> SuiteData:
+        """Open a trace, split it, and read what training needs.
+
+        Raises:
+            SpecmoeError: too few documents, a damaged trace, or documents too short for the horizons.
+        """
+        trace = Trace.open(path)
+        split = split_documents(trace.documents, split_seed)
+        longest = max(document.tokens for document in trace.documents)
+        if max(horizons) >= trace.topology.layers * longest:
+            raise SpecmoeError(
+                f"horizon {max(horizons)} reaches past the longest document "
+                f"({longest} tokens × {trace.topology.layers} layers); use smaller --horizons"
+            )
+        train = Windows(trace, split.parts["train"], length=TRAINING_LENGTH)
+        return cls(trace, split, train, _whole(trace, split.parts["validation"]), horizons)
+
+    @property
+    def topology(self) -> Topology:
+        """The model's shape."""
+        return self.trace.topology
+
+    @cached_property
+    def knowledge(self) -> Knowledge:
+        """What predictors may prepare from: the training windows and the model's routers."""
+
+        def windows() -> Iterable[Window]:
+            return self.train.batches(TRAINING_LENGTH)
+
+        routers = self.trace.routers()
+        return Knowledge(windows, *(routers or (None, None)))
+
+    @cached_property
+    def evaluated(self) -> dict[str, Windows]:
+        """Whole documents of each part that is reported: part name → windows."""
+        parts = {"validation": self.validation, "test": _whole(self.trace, self.split.parts["test"])}
+        sample, tokens = [], 0
+        for index in self.split.parts["train"]:
+            if tokens < _TRAINING_SAMPLE_TOKENS:
+                sample.append(index)
+                tokens += self.trace.documents[index].tokens
+        parts["train"] = _whole(self.trace, sample)
+        if self.split.parts["held_out_domain"]:
+            parts["held_out_domain"] = _whole(self.trace, self.split.parts["held_out_domain"])
+        return {name: parts[name] for name in PARTS if name in parts}
+
+    @cached_property
+    def available(self) -> frozenset[str]:
+        """Everything a predictor can ask for that this trace has."""
+        routers = {"routers"} if self.knowledge.router_weight_LED is not None else set()
+        return frozenset(self.trace.manifest.fields) | routers
+
+    def lacks(self, predictor: type[Predictor]) -> str:
+        """Why a predictor cannot run on this trace; empty if it can."""
+        missing = sorted(predictor.recipe.needs - self.available)
+        return f"the trace has no {' and no '.join(missing)}" if missing else ""
+
+    @cached_property
+    def journey(self) -> tuple[int, Window]:
+        """A stretch of a test document to show: its index in the trace, and a window of one."""
+        test = self.split.parts["test"]
+        index = max(test, key=lambda i: (min(self.trace.documents[i].tokens, 2 * _JOURNEY_TOKENS), -i))
+        windows = Windows(self.trace, [index], length=2 * _JOURNEY_TOKENS)
+        window = windows.batch(slice(0, 1))
+        return index, window
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that the result of a run depends on besides its predictor and seed."""
+        parts = (trace_fingerprint(self.trace), self.split.hash, self.horizons, TRAINING_LENGTH, torch.__version__)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _whole(trace: Trace, documents: Iterable[int]) -> Windows:
+    """Documents in one piece, or in long pieces that see the tokens before them."""
+    chosen = list(documents)
+    longest = max((trace.documents[index].tokens for index in chosen), default=0)
+    context = EVALUATION_CONTEXT if longest > EVALUATION_LENGTH else 0
+    return Windows(trace, chosen, length=min(EVALUATION_LENGTH, max(2, longest)), context=context)
+
+
+def trace_fingerprint(trace: Trace) -> str:
+    """Hash of a trace's content: its topology and the checksums of its shards."""
+    content = (trace.topology.model_dump_json(), [shard.sha256 for shard in trace.manifest.shards])
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def with_shuffled_hidden(windows: Windows, seed: int = 0) -> Windows:
+    """The same windows whose router inputs belong to other tokens: nothing can be learned from them."""
+    assert windows.hidden is not None
+    shuffled = object.__new__(Windows)
+    vars(shuffled).update(vars(windows))
+    hidden: Tensor = windows.hidden.flatten(0, 1).clone()
+    valid = windows.valid.flatten().nonzero()[:, 0]
+    order = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed))
+    hidden[valid] = hidden[valid[order]]
+    shuffled.hidden = hidden.view(windows.hidden.shape)
+    return shuffled
+
+
+def first_tokens(window: Window, tokens: int) -> Window:
+    """The first tokens of every window of a batch."""
+    cut = {name: value[:, :tokens] for name, value in vars(window).items() if hasattr(value, "ndim") and value.ndim > 1}
+    return replace(window, **cut)

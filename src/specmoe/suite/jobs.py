@@ -1,0 +1,172 @@
+"""One job of a suite: train a predictor with one seed, judge it, leave the result in a folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specmoe.checkpoint import load_checkpoint
+from specmoe.errors import SpecmoeError
+from specmoe.evaluation import Tally, evaluate
+from specmoe.files import atomic_path, read_json, write_json
+from specmoe.metrics import budgets_of
+from specmoe.predictors.base import Predictor, parameter_count
+from specmoe.predictors.registry import PREDICTORS
+from specmoe.results import METRIC_VERSION, Epoch, SeedResult
+from specmoe.suite.data import SuiteData
+from specmoe.training import EpochReport, TrainingFailed, fit
+
+__all__ = ["Job", "finished", "job_fingerprint", "load_predictor", "load_tally", "run_job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A predictor of the registry and a seed."""
+
+    predictor: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where its files lie."""
+        return out / "jobs" / f"{self.predictor}-seed{self.seed}"
+
+
+def job_fingerprint(job: Job, data_fingerprint: str) -> str:
+    """Hash of everything a job's result depends on."""
+    recipe = repr(asdict(PREDICTORS[job.predictor].recipe) | {"needs": None})
+    parts = (job.predictor, job.seed, recipe, data_fingerprint, METRIC_VERSION)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def finished(job: Job, out: Path, fingerprint: str) -> SeedResult | None:
+    """The result of a job that was done before under the same conditions, else None."""
+    path = job.folder(out) / "job.json"
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+        if content.get("fingerprint") == fingerprint:
+            return SeedResult.model_validate(content["result"])
+    except (SpecmoeError, ValueError, KeyError, AttributeError):
+        return None
+    return None
+
+
+def run_job(
+    job: Job,
+    data: SuiteData,
+    out: Path,
+    *,
+    device: str = "cpu",
+    on_epoch: Callable[[EpochReport], None] = lambda _: None,
+) -> SeedResult:
+    """Train and judge. A job that was interrupted goes on from its last epoch.
+
+    Returns:
+        Its result; ``status`` is ``failed`` if the loss diverged.
+
+    Raises:
+        SpecmoeError: the disk is full, or the trace is damaged.
+    """
+    folder, fingerprint = job.folder(out), job_fingerprint(job, data.fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"checkpoint-{fingerprint}.safetensors"
+    for stale in folder.glob("checkpoint-*.safetensors"):
+        if stale != checkpoint or not _is_readable(stale):
+            stale.unlink()
+    torch.manual_seed(job.seed)
+    predictor = PREDICTORS[job.predictor](data.topology, data.horizons)
+    try:
+        fitted = fit(
+            predictor,
+            data.train,
+            data.validation,
+            data.knowledge,
+            seed=job.seed,
+            device=device,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+    except TrainingFailed as error:
+        result = SeedResult(seed=job.seed, status="failed", reason=str(error))
+        write_json(folder / "job.json", {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
+        checkpoint.unlink(missing_ok=True)
+        return result
+
+    tallies = {part: evaluate(predictor, windows, device) for part, windows in data.evaluated.items()}
+    recall = {
+        part: {horizon: round(value, 6) for horizon, value in zip(data.horizons, tally.recall(), strict=True)}
+        for part, tally in tallies.items()
+    }
+    save_predictor(predictor, folder / "model.safetensors")
+    kept = {f"{part} {name}": t for part in ("test", "held_out_domain") if part in tallies for name, t in tallies[part].tensors().items()}
+    kept["journey"] = foreseen(predictor, data, device)
+    with atomic_path(folder / "tally.safetensors") as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, str(temporary))
+    result = SeedResult(
+        seed=job.seed,
+        best_epoch=fitted.best_epoch,
+        stopped=fitted.stopped,
+        train_seconds=round(fitted.seconds, 3),
+        curve=tuple(Epoch(**vars(point)) for point in fitted.curve),
+        recall=recall,
+    )
+    write_json(folder / "job.json", {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+@torch.no_grad()
+def foreseen(predictor: Predictor, data: SuiteData, device: str) -> Tensor:
+    """The K experts put first at each event of the journey's window: [T, S, H, K] int16."""
+    _, window = data.journey
+    logits = predictor(window.to(device))[0]
+    return logits.topk(budgets_of(data.topology.top_k, data.topology.experts)["K"], -1).indices.short().cpu()
+
+
+def save_predictor(predictor: Predictor, path: Path) -> None:
+    """Write a predictor's weights with what is needed to build it again."""
+    facts = {
+        "predictor": type(predictor).__name__,
+        "topology": predictor.topology.model_dump_json(),
+        "horizons": json.dumps(predictor.horizons),
+        "parameters": str(parameter_count(predictor)),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in predictor.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata=facts)
+
+
+def load_predictor(job: Job, out: Path, data: SuiteData) -> Predictor:
+    """The trained predictor of a finished job."""
+    predictor = PREDICTORS[job.predictor](data.topology, data.horizons)
+    predictor.load_state_dict(load_file(str(job.folder(out) / "model.safetensors")))
+    return predictor.eval()
+
+
+def load_tally(job: Job, out: Path, part: str) -> Tally | None:
+    """A finished job's sums over one part, None if the part is empty."""
+    tensors = load_file(str(job.folder(out) / "tally.safetensors"))
+    of_part = {name.removeprefix(f"{part} "): tensor for name, tensor in tensors.items() if name.startswith(f"{part} ")}
+    return Tally.of(of_part) if of_part else None
+
+
+def load_foreseen(job: Job, out: Path) -> Tensor:
+    """What :func:`foreseen` gave when the job was run."""
+    return load_file(str(job.folder(out) / "tally.safetensors"))["journey"]
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    try:
+        state: Any = load_checkpoint(checkpoint)
+    except SpecmoeError:
+        return False
+    return isinstance(state, dict)

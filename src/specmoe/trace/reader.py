@@ -1,0 +1,206 @@
+"""Reading a trace: the headers at opening, a document's bytes when it is asked for, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specmoe.errors import SpecmoeError
+from specmoe.files import sha256_file
+from specmoe.topology import Topology
+from specmoe.trace.integrity import checksum, header_sha256
+from specmoe.trace.manifest import ROUTERS_NAME, DocumentRecord, Manifest, ShardRecord, decode_documents
+from specmoe.trace.record import FIELDS, REQUIRED_FIELDS, RoutingRecord, field_shape
+
+__all__ = ["Trace"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    shard: int
+    record: DocumentRecord
+
+
+class Trace:
+    """A trace on disk, opened for reading by document.
+
+    Opening reads the manifest and the shards' headers and checks them against each other. Reading a
+    document maps its shard and copies only that document's rows, whose checksums are verified.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, places: list[_Place]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._places = places
+        self._open_shards: dict[int, Any] = {}
+
+    @classmethod
+    def open(cls, directory: Path | str, *, allow_incomplete: bool = False) -> Trace:
+        """Open a trace.
+
+        Raises:
+            SpecmoeError: the directory is not a trace, a shard is missing, truncated or contradicts the
+                manifest, or the capture was never finished (unless ``allow_incomplete``).
+        """
+        directory = Path(directory)
+        manifest = Manifest.load(directory)
+        if not manifest.complete and not allow_incomplete:
+            raise SpecmoeError(f"{directory} is not finished; run the same collect command again to continue it")
+        unknown = set(manifest.fields) - set(FIELDS)
+        absent = set(REQUIRED_FIELDS) - set(manifest.fields)
+        if unknown or absent:
+            raise SpecmoeError(f"{directory}: the manifest's fields are wrong ({', '.join(sorted(unknown | absent))})")
+        places = []
+        for index, shard in enumerate(manifest.shards):
+            places += [_Place(index, record) for record in _read_header(directory / shard.file, shard, manifest)]
+        names = [place.record.doc_id for place in places]
+        if len(set(names)) < len(names):
+            raise SpecmoeError(f"{directory} is damaged: it names a document twice; capture again")
+        return cls(directory, manifest, places)
+
+    @property
+    def topology(self) -> Topology:
+        """The model's shape."""
+        return self.manifest.topology
+
+    @cached_property
+    def documents(self) -> list[DocumentRecord]:
+        """All documents, in the order in which they were written."""
+        return [place.record for place in self._places]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all documents."""
+        return sum(shard.tokens for shard in self.manifest.shards)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, index: int, fields: tuple[str, ...] | None = None) -> RoutingRecord:
+        """Read one document.
+
+        Args:
+            index: its place in :attr:`documents`. fields: optional fields to read; None for all kept.
+
+        Raises:
+            SpecmoeError: the document's bytes are damaged, or hold NaN or Inf.
+        """
+        place = self._places[index]
+        record, path = place.record, self.directory / self.manifest.shards[place.shard].file
+        tensors: dict[str, Tensor] = {}
+        for name in self.manifest.fields:
+            start = record.hidden_start if name == "hidden" else record.start
+            if start is None or (fields is not None and name not in fields and name not in REQUIRED_FIELDS):
+                continue
+            try:
+                # A copy: the slice is a view of the mapping, which must not change under what was verified.
+                tensor = self._shard(place.shard).get_slice(name)[start : start + record.tokens].clone()
+            except (SafetensorError, OSError) as error:
+                raise SpecmoeError(f"{path} cannot be read: {error}") from error
+            if checksum(tensor) != record.crc32.get(name):
+                raise SpecmoeError(
+                    f"{path} is damaged: {name} of document {record.doc_id!r} fails its checksum; capture again"
+                )
+            tensors[name] = tensor
+        result = RoutingRecord(**tensors)
+        try:
+            result.check(self.topology)
+        except SpecmoeError as error:
+            raise SpecmoeError(f"{path}, document {record.doc_id!r}: {error}") from error
+        return result
+
+    def routers(self) -> tuple[Tensor, Tensor] | None:
+        """The routers' own weights [L, E, D] and biases [L, E] as float32, None if they were not kept.
+
+        Raises:
+            SpecmoeError: the file is damaged or has other shapes than the topology says.
+        """
+        if self.manifest.routers_sha256 is None:
+            return None
+        path = self.directory / ROUTERS_NAME
+        try:
+            if sha256_file(path) != self.manifest.routers_sha256:
+                raise SpecmoeError(f"{path} is damaged: its SHA-256 is not the manifest's; capture again")
+            tensors = load_file(str(path))
+        except (SafetensorError, OSError) as error:
+            raise SpecmoeError(f"{path} cannot be read: {error}") from error
+        layers, experts, width = self.topology.layers, self.topology.experts, self.topology.hidden_size
+        bias = tensors.get("bias", torch.zeros(layers, experts))
+        weight = tensors.get("weight")
+        if weight is None or weight.shape != (layers, experts, width) or bias.shape != (layers, experts):
+            raise SpecmoeError(f"{path} does not fit the trace's topology; capture again")
+        return weight.float(), bias.float()
+
+    def verify(self) -> None:
+        """Compare every shard with its SHA-256 (this reads the whole trace).
+
+        Raises:
+            SpecmoeError: a shard or the routers' file is missing or was changed after it was written.
+        """
+        self.routers()
+        for shard in self.manifest.shards:
+            path = self.directory / shard.file
+            try:
+                same = sha256_file(path) == shard.sha256
+            except OSError as error:
+                raise SpecmoeError(f"{path} cannot be read: {error}") from error
+            if not same:
+                raise SpecmoeError(f"{path} is damaged: its SHA-256 is not the manifest's; capture again")
+
+    def _shard(self, index: int) -> Any:
+        if index not in self._open_shards:
+            path = self.directory / self.manifest.shards[index].file
+            self._open_shards[index] = safe_open(str(path), framework="pt").__enter__()
+        return self._open_shards[index]
+
+
+def _read_header(path: Path, shard: ShardRecord, manifest: Manifest) -> list[DocumentRecord]:
+    """The document table of a shard, after everything that its header says has been checked."""
+    try:
+        size = path.stat().st_size
+        intact = header_sha256(path) == shard.header_sha256
+    except FileNotFoundError as error:
+        raise SpecmoeError(f"{path} is missing; the manifest names it") from error
+    except OSError as error:
+        raise SpecmoeError(f"{path} cannot be read: {error}") from error
+    if size != shard.bytes:
+        raise SpecmoeError(f"{path} has {size} bytes, the manifest says {shard.bytes}; it is truncated")
+    if not intact:
+        raise SpecmoeError(f"{path} has a damaged header: its SHA-256 is not the manifest's; capture again")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            documents = decode_documents((file.metadata() or {})["documents"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise SpecmoeError(f"{path} has a damaged header: {str(error).splitlines()[0]}") from error
+    rows = hidden_rows = 0
+    for document in documents:
+        keeps_hidden = document.hidden_start is not None
+        expected = set(manifest.fields) - (set() if keeps_hidden else {"hidden"})
+        if document.start != rows or (keeps_hidden and document.hidden_start != hidden_rows):
+            raise SpecmoeError(
+                f"{path}: the rows of document {document.doc_id!r} overlap or leave a gap; capture again"
+            )
+        if set(document.crc32) != expected:
+            raise SpecmoeError(f"{path}: document {document.doc_id!r} has other fields than the manifest says")
+        rows += document.tokens
+        hidden_rows += document.tokens if keeps_hidden else 0
+    if len(documents) != shard.documents or rows != shard.tokens:
+        raise SpecmoeError(f"{path}: its document table contradicts the manifest")
+    present = {name for document in documents for name in document.crc32}
+    expected_shapes = {
+        name: (hidden_rows if name == "hidden" else rows, *field_shape(name, manifest.topology)) for name in present
+    }
+    for name in sorted(shapes.keys() | expected_shapes.keys()):
+        if shapes.get(name) != expected_shapes.get(name):
+            raise SpecmoeError(
+                f"{path}: {name} has shape {shapes.get(name)}, the manifest says {expected_shapes.get(name)}"
+            )
+    return documents

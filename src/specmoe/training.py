@@ -1,0 +1,205 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specmoe.checkpoint import load_checkpoint, save_checkpoint
+from specmoe.dataset import Targets, Window, Windows, sharpen, targets_of
+from specmoe.errors import SpecmoeError
+from specmoe.metrics import ranks
+from specmoe.predictors.base import Knowledge, Predictor, Recipe
+
+__all__ = ["EpochReport", "FitResult", "TrainingFailed", "fit", "loss_of"]
+
+
+class TrainingFailed(SpecmoeError):
+    """A run whose loss became NaN or Inf; the message names the cause. Other runs go on."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One point of the learning curve. Losses in nats an event, recall@K over all horizons."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_recall: float
+    learning_rate: float
+
+
+@dataclass
+class FitResult:
+    """How training went. The predictor holds the weights of the best epoch."""
+
+    curve: list[EpochReport] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped: str = "no training needed"
+    seconds: float = 0.0
+
+
+def fit(
+    predictor: Predictor,
+    train: Windows,
+    validation: Windows,
+    knowledge: Knowledge,
+    *,
+    seed: int,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochReport], None] = lambda _: None,
+) -> FitResult:
+    """Train ``predictor`` by its own recipe: prepare, then epochs until the recipe or its patience ends.
+
+    Everything random depends on ``seed`` and the epoch's number alone, so a run that continues from its
+    checkpoint gives the same weights as one that was never stopped.
+
+    Args:
+        train, validation: windows; early stopping sees validation only.
+        knowledge: what the predictor may prepare from.
+        checkpoint: where the state is kept after every epoch; None to keep none.
+
+    Raises:
+        TrainingFailed: the loss is no longer finite.
+    """
+    recipe, started = predictor.recipe, time.perf_counter()
+    result = FitResult()
+    previous = load_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
+    if previous is None:
+        predictor.prepare(knowledge)
+    predictor.to(device)
+    if recipe.epochs == 0 or not any(True for _ in predictor.parameters()):
+        result.seconds = time.perf_counter() - started
+        return result
+
+    optimizer = torch.optim.AdamW(
+        predictor.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    temperature = train.router_temperature(recipe.soft_mass) if recipe.soft_targets and train.soft else None
+    steps_per_epoch = math.ceil(len(train) / recipe.batch_windows)
+    scheduler = build_scheduler(optimizer, recipe, steps_per_epoch)
+    best_loss, best_state, elapsed = math.inf, copy.deepcopy(predictor.state_dict()), 0.0
+    if previous is not None:
+        predictor.load_state_dict(previous["predictor"])
+        optimizer.load_state_dict(previous["optimizer"])
+        scheduler.load_state_dict(previous["scheduler"])
+        best_loss, best_state, elapsed = previous["best_loss"], previous["best_state"], previous["seconds"]
+        result.curve = [EpochReport(**point) for point in previous["curve"]]
+        result.best_epoch = previous["best_epoch"]
+
+    result.stopped = f"all {recipe.epochs} epochs"
+    for epoch in range(len(result.curve) + 1, recipe.epochs + 1):
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        predictor.train()
+        total, events = 0.0, 0
+        for window in train.batches(recipe.batch_windows, order):
+            targets = targets_of(window.to(device), predictor.horizons)
+            loss, count = loss_of(predictor(window.to(device)), targets, recipe, temperature)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(predictor.parameters(), recipe.clip)
+            value = loss.item()
+            if not math.isfinite(value) or not math.isfinite(norm.item()):
+                raise TrainingFailed(cause_of_divergence(window, value, epoch, optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if recipe.scheduler == "cosine":
+                scheduler.step()
+            total, events = total + value * count, events + count
+        validation_loss, recall = validate(predictor, validation, recipe, temperature, device)
+        report = EpochReport(epoch, total / events, validation_loss, recall, optimizer.param_groups[0]["lr"])
+        result.curve.append(report)
+        if recipe.scheduler == "plateau":
+            scheduler.step(validation_loss)
+        if validation_loss < best_loss:
+            best_loss, best_state, result.best_epoch = validation_loss, copy.deepcopy(predictor.state_dict()), epoch
+        on_epoch(report)
+        if epoch - result.best_epoch >= recipe.patience:
+            result.stopped = f"no better validation loss for {recipe.patience} epochs"
+            break
+        if checkpoint is not None:
+            state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict()}
+            best = {"best_loss": best_loss, "best_state": best_state, "best_epoch": result.best_epoch}
+            curve = [vars(point) for point in result.curve]
+            seconds = elapsed + time.perf_counter() - started
+            progress = {"scheduler": scheduler.state_dict(), "curve": curve, "seconds": seconds}
+            save_checkpoint(checkpoint, {**state, **best, **progress})
+    predictor.load_state_dict(best_state)
+    predictor.eval()
+    result.seconds = elapsed + time.perf_counter() - started
+    return result
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> Any:
+    """Cosine over all steps, or halving when an epoch brings no better validation loss."""
+    if recipe.scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=recipe.epochs * steps_per_epoch, eta_min=recipe.learning_rate * 0.02
+        )
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.002)
+
+
+def loss_of(
+    logits_BTSHE: Tensor, targets: Targets, recipe: Recipe, temperature: float | None
+) -> tuple[Tensor, int]:
+    """Cross-entropy to the target distribution, in nats, averaged over the known events and horizons.
+
+    The target is the router's own distribution (distillation at a temperature, Hinton et al., 2015), or,
+    without a temperature, the K experts in equal parts; a share of it is spread evenly (label smoothing,
+    Szegedy et al., 2016).
+
+    Args:
+        temperature: applied to router and prediction alike, so that the prediction at temperature 1
+            estimates the router's distribution; None for hard targets.
+
+    Returns:
+        The loss and the number of (event, horizon) pairs.
+    """
+    if temperature is None:
+        target = targets.routed_BTSHE / targets.routed_BTSHE.sum(-1, keepdim=True).clamp_min(1.0)
+    else:
+        target = sharpen(targets.router_BTSHE, temperature)
+        logits_BTSHE = logits_BTSHE / temperature
+    smoothed = torch.lerp(target, torch.full_like(target, 1 / target.shape[-1]), recipe.label_smoothing)
+    losses = -(smoothed * F.log_softmax(logits_BTSHE, -1)).sum(-1)
+    known = targets.known_BTSH
+    count = int(known.sum())
+    return (losses * known).sum() / max(1, count), count
+
+
+@torch.no_grad()
+def validate(
+    predictor: Predictor, windows: Windows, recipe: Recipe, temperature: float | None, device: str
+) -> tuple[float, float]:
+    """Loss and recall@K over ``windows``."""
+    predictor.eval()
+    total, hits, needed, events = 0.0, 0, 0, 0
+    for window in windows.batches(max(1, 4096 // (windows.length + windows.context))):
+        moved = window.to(device)
+        targets = targets_of(moved, predictor.horizons)
+        logits = predictor(moved)
+        loss, count = loss_of(logits, targets, recipe, temperature)
+        wanted = (targets.expert_ids_BTSHK >= 0) & targets.known_BTSH[..., None]
+        found = (ranks(logits, targets.expert_ids_BTSHK) < predictor.topology.top_k) & wanted
+        total, events = total + loss.item() * count, events + count
+        hits, needed = hits + int(found.sum()), needed + int(wanted.sum())
+    return total / max(1, events), hits / max(1, needed)
+
+
+def cause_of_divergence(window: Window, loss: float, epoch: int, rate: float) -> str:
+    """One line that says why a loss may not be finite."""
+    for name in ("hidden_BTLD", "router_BTLE"):
+        tensor = getattr(window, name)
+        if tensor is not None and not torch.isfinite(tensor).all():
+            return f"{name.split('_')[0]} in the trace holds NaN or Inf (epoch {epoch})"
+    return f"loss {loss} or its gradient is not finite in epoch {epoch} at learning rate {rate:.2g}; lower the rate"
