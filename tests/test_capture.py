@@ -30,7 +30,28 @@ from specmoe.sources.pretraining import train_tokenizer
 from specmoe.trace import RoutingRecord, Trace
 
 VOCABULARY = 300
-WORDS = "the router sends every token to a few of its experts and the rest stay asleep def class return None".split()
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "every",
+    "token",
+    "to",
+    "a",
+    "few",
+    "of",
+    "its",
+    "experts",
+    "and",
+    "the",
+    "rest",
+    "stay",
+    "asleep",
+    "def",
+    "class",
+    "return",
+    "None",
+]
 
 
 def documents(count: int = 12) -> list[Document]:
@@ -50,7 +71,9 @@ def olmoe(seed: int = 0, **changes: Any) -> Any:
         "num_experts_per_tok": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.5,
-        **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         **changes,
     }
     return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**config)).eval()
@@ -72,7 +95,8 @@ def switch(seed: int = 0, **changes: Any) -> Any:
         "expert_capacity": 64,
         "decoder_start_token_id": 0,
         "initializer_factor": 3.0,
-        **{"pad_token_id": 0, "eos_token_id": 0},
+        "pad_token_id": 0,
+        "eos_token_id": 0,
         **changes,
     }
     return transformers.SwitchTransformersForConditionalGeneration(
@@ -539,16 +563,19 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         collect(directory, documents(), tmp_path / "trace", max_tokens_per_document=64)
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_logits": False, "keep_hidden": "none"}])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_names_document_and_layer(tokenizer: Any, tmp_path: Path, value: float) -> None:
+def test_nan_names_document_and_layer(tokenizer: Any, tmp_path: Path, value: float, options: dict[str, Any]) -> None:
     model = olmoe()
     (token,) = tokenizer("~")["input_ids"]
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = value
     directory = saved(model, tokenizer, tmp_path / "model")
     texts = [*documents(3), Document("broken", "d", "the ~ router")]
-    with pytest.raises(SpecmoeError, match="document 'broken': the router's output of MoE layer 0 is NaN or Inf"):
-        collect(directory, texts, tmp_path / "trace", max_tokens_per_document=64, batch_tokens=1)
+    with pytest.raises(
+        SpecmoeError, match="document 'broken': router_logits holds NaN or Inf at token . in MoE layer 0"
+    ):
+        collect(directory, texts, tmp_path / "trace", max_tokens_per_document=64, batch_tokens=1, **options)
 
 
 def test_a_hidden_dtype_that_overflows(tokenizer: Any, tmp_path: Path) -> None:
@@ -557,7 +584,7 @@ def test_a_hidden_dtype_that_overflows(tokenizer: Any, tmp_path: Path) -> None:
         model.model.layers[1].post_attention_layernorm.weight.mul_(1e6)
         model.model.layers[1].mlp.gate.weight.mul_(1e-6)
     directory = saved(model, tokenizer, tmp_path / "model")
-    with pytest.raises(SpecmoeError, match="router's input of MoE layer 1 is NaN or Inf.*bfloat16"):
+    with pytest.raises(SpecmoeError, match="hidden holds NaN or Inf at token 0 in MoE layer 1.*bfloat16"):
         collect(directory, documents(2), tmp_path / "trace", max_tokens_per_document=64)
     out = collect(directory, documents(2), tmp_path / "b", max_tokens_per_document=64, hidden_dtype="bfloat16")
     assert Trace.open(out).read(0).hidden is not None

@@ -245,11 +245,14 @@ def test_decayed_recent_sums_with_decay_and_forgets() -> None:
     torch.testing.assert_close(share[0, 2, 0, 0], (torch.tensor([0.0, 0.5, 1.0]) + 2 * SHARE_1) / 3.5)
     torch.testing.assert_close(share[0, 2, 0, 1], (torch.tensor([0.75, 1.0, 0.0]) + 2 * SHARE_0) / 3.75)
     torch.testing.assert_close(share[0, 0, 0, 0], SHARE_1)
-    # Expert 2 of layer 0 was used once: 31 tokens later it still counts, 32 tokens later it does not.
+    # Expert 2 of layer 0 was used once, at any place: 31 tokens later it still counts, 32 later not.
     predictor.decay.fill_(1.0)
-    share = predictor(window_of([[2, 0]] + [[0, 0]] * 32, 3)).exp()
-    assert share[0, 31, 0, 1, 2] > share[0, 32, 0, 1, 2]
-    torch.testing.assert_close(share[0, 32, 0, 1, 2], 2 * SHARE_0[2] / 34)
+    for place in (0, 1, 31):
+        routes = torch.zeros(70, 2, dtype=torch.long)
+        routes[place, 0] = 2
+        share = predictor(window_of(routes, 3)).exp()[0, :, 0, 1, 2]
+        torch.testing.assert_close(share[place + 31], (1 + 2 * SHARE_0[2]) / 34)
+        torch.testing.assert_close(share[place + 32], 2 * SHARE_0[2] / 34)
 
 
 def test_decayed_recent_chooses_the_decay_that_fits() -> None:
@@ -263,7 +266,7 @@ def test_decayed_recent_chooses_the_decay_that_fits() -> None:
     short, long = (prepared(DecayedRecent, TOY, window_of(routes, 3)) for routes in (runs, noisy))
     assert isinstance(short, DecayedRecent)
     assert isinstance(long, DecayedRecent)
-    assert float(short.decay) == 0.5
+    assert float(short.decay) <= 0.6
     assert float(long.decay) >= 0.8
 
 

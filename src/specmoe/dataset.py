@@ -152,6 +152,12 @@ def targets_of(window: Window, horizons: Sequence[int]) -> Targets:
     return Targets(expert_ids, ahead(window.routed_BTLE, horizons), ahead(window.router_BTLE, horizons), known)
 
 
+def known_ahead(window: Window, horizons: Sequence[int]) -> Tensor:
+    """Where there is something to foresee: ``known_BTSH`` of :class:`Targets`, without the rest."""
+    served_BTL = (window.routed_BTLE.sum(-1) > 0) & window.valid_BT[..., None]
+    return ahead(served_BTL[..., None], horizons)[..., 0] & window.scored_BT[:, :, None, None]
+
+
 def ahead(values_BTLX: Tensor, horizons: Sequence[int]) -> Tensor:
     """``values`` at the places that the horizons point to, [B, T, L, H, X], zero beyond the window.
 
@@ -197,6 +203,7 @@ class Windows:
         self.valid = torch.zeros(count, span, dtype=torch.bool)
         self.scored = torch.zeros(count, span, dtype=torch.bool)
         self.expert_ids = torch.full((count, span, layers, top_k), -1, dtype=torch.int16)
+        self.routed = torch.zeros(count, span, layers, experts)
         self.router = torch.zeros(count, span, layers, experts)
         self.hidden: Tensor | None = None
         if "hidden" in fields:
@@ -206,7 +213,7 @@ class Windows:
         row = 0
         for index in documents:
             record = trace.read(index)
-            router = _router_output(record, experts)
+            router, routed = _router_output(record, experts), routed_of(record.expert_ids, experts)
             for start in range(0, len(record), length):
                 first, last = max(0, start - context), min(len(record), start + length)
                 # Context sits at the front of every window; a document's first window has less of it.
@@ -215,6 +222,7 @@ class Windows:
                 self.valid[row, : last - first] = True
                 self.scored[row, start - first : last - first] = True
                 self.expert_ids[row, : last - first] = record.expert_ids[first:last]
+                self.routed[row, : last - first] = routed[first:last]
                 self.router[row, : last - first] = router[first:last]
                 if self.hidden is not None and record.hidden is not None:
                     self.hidden[row, : last - first] = record.hidden[first:last]
@@ -245,17 +253,12 @@ class Windows:
 
     def batch(self, rows: Tensor | slice) -> Window:
         """The windows ``rows`` as a batch."""
-        expert_ids = self.expert_ids[rows].long()
-        experts = self.topology.experts
-        # Slot E collects what is no expert of this layer: empty slots and zero or skip experts.
-        slots = torch.where((expert_ids < 0) | (expert_ids >= experts), experts, expert_ids)
-        routed = torch.zeros(*slots.shape[:-1], experts + 1).scatter_(-1, slots, 1.0)[..., :experts]
         return Window(
             token_ids_BT=self.token_ids[rows].long(),
             valid_BT=self.valid[rows],
             scored_BT=self.scored[rows],
-            expert_ids_BTLK=expert_ids,
-            routed_BTLE=routed,
+            expert_ids_BTLK=self.expert_ids[rows].long(),
+            routed_BTLE=self.routed[rows],
             router_BTLE=self.router[rows],
             hidden_BTLD=None if self.hidden is None else self.hidden[rows],
             soft=self.soft,
@@ -268,6 +271,14 @@ class Windows:
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for rows in order.split(size):
             yield self.batch(rows if generator is not None else slice(int(rows[0]), int(rows[-1]) + 1))
+
+
+def routed_of(expert_ids: Tensor, experts: int) -> Tensor:
+    """Expert ids [..., K] as float32 [..., E], 1 where an expert is among the K."""
+    ids = expert_ids.long()
+    # Slot E collects what is no expert of this layer: empty slots and zero or skip experts.
+    slots = torch.where((ids < 0) | (ids >= experts), experts, ids)
+    return torch.zeros(*ids.shape[:-1], experts + 1).scatter_(-1, slots, 1.0)[..., :experts]
 
 
 def _router_output(record: object, experts: int) -> Tensor:

@@ -6,6 +6,7 @@ a sum per document, and a table is a few weighted ratios of such sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from specmoe.dataset import Windows, targets_of
-from specmoe.metrics import CALIBRATION_BINS, calibration_sums, event_metrics
+from specmoe.metrics import CALIBRATION_BINS, calibration_sums, event_metrics, inclusion_probabilities
 from specmoe.predictors.base import Predictor
 from specmoe.results import ByHorizon, CalibrationBin, Interval
 
-__all__ = ["BOOTSTRAP_DRAWS", "Tally", "evaluate", "interval_of", "paired_difference"]
+__all__ = ["BOOTSTRAP_DRAWS", "Tally", "evaluate", "inclusion_scale", "interval_of", "paired_difference"]
 
 BOOTSTRAP_DRAWS = 1000
 PHASES = 2
@@ -56,8 +57,36 @@ class Tally:
 
 
 @torch.no_grad()
-def evaluate(predictor: Predictor, windows: Windows, device: str = "cpu", batch_tokens: int = 4096) -> Tally:
-    """Score every event of ``windows`` once."""
+def inclusion_scale(predictor: Predictor, windows: Windows, device: str = "cpu", sample_tokens: int = 2048) -> float:
+    """The factor on a predictor's logits that makes its inclusion probabilities most accurate.
+
+    Temperature scaling (Guo et al., 2017) by the Brier score, on windows that are not the test part. It
+    changes no ranking: a router that spreads its weight nearly evenly is foreseen as such, and without this
+    its K experts would all look improbable.
+    """
+    predictor.eval()
+    count = max(1, min(len(windows), sample_tokens // (windows.length + windows.context)))
+    rows = torch.linspace(0, len(windows) - 1, count).long()
+    window = windows.batch(rows).to(device)
+    targets = targets_of(window, predictor.horizons)
+    known = targets.known_BTSH
+    logits, routed = predictor(window)[known], targets.routed_BTSHE[known]
+    if len(logits) == 0:
+        return 1.0
+
+    def brier(log_scale: float) -> float:
+        probability = inclusion_probabilities(logits * math.exp(log_scale), windows.topology.top_k)
+        return float((probability - routed).square().mean())
+
+    best = min((x / 2 for x in range(-6, 11)), key=brier)
+    return math.exp(min((best + x / 10 for x in range(-4, 5)), key=brier))
+
+
+@torch.no_grad()
+def evaluate(
+    predictor: Predictor, windows: Windows, device: str = "cpu", *, scale: float = 1.0, batch_tokens: int = 4096
+) -> Tally:
+    """Score every event of ``windows`` once; ``scale`` is :func:`inclusion_scale`."""
     predictor.eval()
     documents, group_of_window = windows.documents.unique(return_inverse=True)
     layers, horizons = windows.topology.layers, len(predictor.horizons)
@@ -75,11 +104,11 @@ def evaluate(predictor: Predictor, windows: Windows, device: str = "cpu", batch_
         document = group_of_window[first : first + len(window.document_B)]
         first += len(window.document_B)
         group = (document[:, None] * PHASES + window.phase_BT).flatten()
-        for name, values in event_metrics(logits, targets, windows.topology.top_k).items():
+        for name, values in event_metrics(logits, targets, windows.topology.top_k, scale).items():
             sums = flat.setdefault(name, torch.zeros(groups, layers, horizons, dtype=torch.float64))
             sums.index_add_(0, group, torch.where(known, values, 0.0).flatten(0, 1).double().cpu())
         events.index_add_(0, group, known.flatten(0, 1).double().cpu())
-        reliability = calibration_sums(logits, targets, windows.topology.top_k)
+        reliability = calibration_sums(logits * scale, targets, windows.topology.top_k)
         reliability = reliability.view(*known.shape, CALIBRATION_BINS, 3).sum((1, 2))
         bins.index_add_(0, document, reliability.double().cpu())
     shape = (len(documents), PHASES, layers, horizons)

@@ -43,11 +43,12 @@ def ranks(logits: Tensor, expert_ids: Tensor) -> Tensor:
     return torch.where(expert_ids >= 0, rank, experts)
 
 
-def event_metrics(logits: Tensor, targets: Targets, top_k: int) -> dict[str, Tensor]:
+def event_metrics(logits: Tensor, targets: Targets, top_k: int, scale: float = 1.0) -> dict[str, Tensor]:
     """All per-event numbers.
 
     Args:
         logits: [..., E]; ``targets``: of the same leading shape. top_k: K.
+        scale: factor on the logits for the inclusion probabilities.
 
     Returns:
         Name → [...] float32. ``recall@b``: share of the needed experts among the first b; ``coverage@b``:
@@ -77,7 +78,7 @@ def event_metrics(logits: Tensor, targets: Targets, top_k: int) -> dict[str, Ten
     for n in _TOP:
         values[f"top{n}"] = (heaviest < n).float()
     values["kl"] = torch.special.xlogy(router, router).sum(-1) - (router * logits.log_softmax(-1)).sum(-1)
-    probability = inclusion_probabilities(logits, top_k)
+    probability = inclusion_probabilities(logits * scale, top_k)
     values["brier"] = (probability - targets.routed_BTSHE).square().mean(-1)
     return values
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
-from specmoe.dataset import Targets, Window, Windows, sharpen, targets_of
+from specmoe.dataset import Window, Windows, ahead, known_ahead, sharpen, targets_of
 from specmoe.errors import SpecmoeError
 from specmoe.metrics import ranks
 from specmoe.predictors.base import Knowledge, Predictor, Recipe
 
-__all__ = ["EpochReport", "FitResult", "TrainingFailed", "fit", "loss_of"]
+__all__ = ["EpochReport", "FitResult", "TrainingFailed", "fit", "loss_of", "training_target"]
 
 
 class TrainingFailed(SpecmoeError):
@@ -104,8 +104,9 @@ def fit(
         predictor.train()
         total, events = 0.0, 0
         for window in train.batches(recipe.batch_windows, order):
-            targets = targets_of(window.to(device), predictor.horizons)
-            loss, count = loss_of(predictor(window.to(device)), targets, recipe, temperature)
+            window = window.to(device)
+            target, known = training_target(window, predictor.horizons, recipe, temperature)
+            loss, count = loss_of(predictor(window), target, known, temperature)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(predictor.parameters(), recipe.clip)
             value = loss.item()
@@ -149,32 +150,41 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.002)
 
 
+def training_target(
+    window: Window, horizons: Sequence[int], recipe: Recipe, temperature: float | None
+) -> tuple[Tensor, Tensor]:
+    """The distribution to aim at [B, T, S, H, E], and where there is one [B, T, S, H].
+
+    The router's own distribution at a temperature (distillation, Hinton et al., 2015), or, without one, the
+    K experts in equal parts with a share spread evenly over all (label smoothing, Szegedy et al., 2016; a
+    soft target says by itself how sure the router was).
+    """
+    if temperature is None:
+        target = window.routed_BTLE / window.routed_BTLE.sum(-1, keepdim=True).clamp_min(1.0)
+        target = torch.lerp(target, torch.full_like(target, 1 / target.shape[-1]), recipe.label_smoothing)
+    else:
+        target = sharpen(window.router_BTLE, temperature)
+    # Everything about one place is worked out once, before it is looked up from every horizon.
+    return ahead(target, horizons), known_ahead(window, horizons)
+
+
 def loss_of(
-    logits_BTSHE: Tensor, targets: Targets, recipe: Recipe, temperature: float | None
+    logits_BTSHE: Tensor, target_BTSHE: Tensor, known_BTSH: Tensor, temperature: float | None
 ) -> tuple[Tensor, int]:
     """Cross-entropy to the target distribution, in nats, averaged over the known events and horizons.
 
-    The target is the router's own distribution (distillation at a temperature, Hinton et al., 2015), or,
-    without a temperature, the K experts in equal parts; a share of it is spread evenly (label smoothing,
-    Szegedy et al., 2016).
-
     Args:
-        temperature: applied to router and prediction alike, so that the prediction at temperature 1
-            estimates the router's distribution; None for hard targets.
+        temperature: of the target, None for hard targets. It is applied to the prediction too, so that the
+            prediction at temperature 1 estimates the router's distribution.
 
     Returns:
         The loss and the number of (event, horizon) pairs.
     """
-    if temperature is None:
-        target = targets.routed_BTSHE / targets.routed_BTSHE.sum(-1, keepdim=True).clamp_min(1.0)
-    else:
-        target = sharpen(targets.router_BTSHE, temperature)
-        logits_BTSHE = logits_BTSHE / temperature
-    smoothed = torch.lerp(target, torch.full_like(target, 1 / target.shape[-1]), recipe.label_smoothing)
-    losses = -(smoothed * F.log_softmax(logits_BTSHE, -1)).sum(-1)
-    known = targets.known_BTSH
-    count = int(known.sum())
-    return (losses * known).sum() / max(1, count), count
+    logits = logits_BTSHE / (temperature or 1.0)
+    # As the target sums to 1, this is -Σ target log_softmax(logits) without the tensor of log-probabilities.
+    losses = logits.logsumexp(-1) - (target_BTSHE * logits).sum(-1)
+    count = int(known_BTSH.sum())
+    return (losses * known_BTSH).sum() / max(1, count), count
 
 
 @torch.no_grad()
@@ -188,7 +198,8 @@ def validate(
         moved = window.to(device)
         targets = targets_of(moved, predictor.horizons)
         logits = predictor(moved)
-        loss, count = loss_of(logits, targets, recipe, temperature)
+        target, known = training_target(moved, predictor.horizons, recipe, temperature)
+        loss, count = loss_of(logits, target, known, temperature)
         wanted = (targets.expert_ids_BTSHK >= 0) & targets.known_BTSH[..., None]
         found = (ranks(logits, targets.expert_ids_BTSHK) < predictor.topology.top_k) & wanted
         total, events = total + loss.item() * count, events + count

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from specmoe.dataset import Window
+from specmoe.dataset import Window, routed_of
 from specmoe.errors import SpecmoeError
 from specmoe.predictors._linear import LinearProbe, fit_linear_probe
 from specmoe.topology import Topology
@@ -40,7 +40,7 @@ class Recipe:
         source: paper (year) or system the method comes from.
         learning_rate: of AdamW. epochs: at most. batch_windows: windows a step.
         scheduler: ``cosine`` (over all epochs) or ``plateau`` (halved when validation stalls).
-        label_smoothing: share of the target spread evenly over the experts.
+        label_smoothing: share of a hard target spread evenly over the experts.
         soft_targets: aim at the router's own distribution where the trace has it. soft_mass: the temperature
             of that distribution is chosen such that its K largest entries hold this much on average.
         patience: epochs without a better validation loss before stopping.
@@ -194,14 +194,12 @@ def _window_of(tokens: list[list[Observation]], topology: Topology) -> Window:
             router[0, t, event.layer] = event.router
             if hidden is not None and event.hidden is not None:
                 hidden[0, t, event.layer] = event.hidden
-    slots = torch.where((expert_ids < 0) | (expert_ids >= experts), experts, expert_ids)
-    routed = torch.zeros(1, length, layers, experts + 1).scatter_(-1, slots, 1.0)[..., :experts]
     return Window(
         token_ids_BT=torch.tensor([[events[0].token_id for events in tokens]]),
         valid_BT=torch.ones(1, length, dtype=torch.bool),
         scored_BT=torch.ones(1, length, dtype=torch.bool),
         expert_ids_BTLK=expert_ids,
-        routed_BTLE=routed,
+        routed_BTLE=routed_of(expert_ids, experts),
         router_BTLE=router,
         hidden_BTLD=hidden,
         soft=True,

@@ -17,10 +17,10 @@ from specmoe.topology import Topology
 
 __all__ = ["DecayedRecent"]
 
-_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-_STRENGTHS = (0.5, 2.0, 8.0, 32.0)
+_DECAYS = (0.3, 0.6, 0.8, 0.9, 0.97)
+_STRENGTHS = (1.0, 8.0, 32.0)
 # Tokens that the choice is made on, about.
-_SAMPLE = 16384
+_SAMPLE = 8192
 
 
 class DecayedRecent(Predictor):
@@ -79,7 +79,7 @@ class DecayedRecent(Predictor):
 
     def _recent(self, routed_BTLE: Tensor, decays_N: Tensor) -> Tensor:
         """Decayed sums over the last tokens up to and with each token, [N, B, T, L, E]."""
-        batch, tokens, layers, experts = routed_BTLE.shape
+        tokens, layers, experts = routed_BTLE.shape[1:]
         span = int(self.memory or 1)
         # Blocks of as many tokens as are remembered: each needs the block itself and the span - 1 tokens before.
         flat = F.pad(routed_BTLE.flatten(2), (0, 0, span - 1, -tokens % span))

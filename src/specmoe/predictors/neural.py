@@ -74,6 +74,10 @@ class NeuralPredictor(Predictor):
         del tokens_BTC
         return ()
 
+    def current(self, context: Context) -> Context:
+        """The part of a context that belongs to the last token: what ``step`` scores with."""
+        return tuple(tensor[:, -1:] for tensor in context)
+
     @abstractmethod
     def score(self, events: Events) -> Tensor:
         """Logits [B, T, S, H, E]."""
@@ -113,9 +117,9 @@ class NeuralPredictor(Predictor):
             memory["past"] = self.encode_tokens(memory["routes"][None, None], None)[:, :0]
         past = memory["past"]
         # The current token stands last and is not looked at: the context is strictly causal.
-        context = self.encode_context(torch.cat([past, past.new_zeros(1, 1, past.shape[2])], 1))
+        context = self.current(self.encode_context(torch.cat([past, past.new_zeros(1, 1, past.shape[2])], 1)))
         memory["contexts"] = torch.tensor(len(context))
-        memory.update({f"context{i}": tensor[:, -1:] for i, tensor in enumerate(context)})
+        memory.update({f"context{i}": tensor for i, tensor in enumerate(context)})
 
     def _standardise(self, hidden_BTLD: Tensor | None) -> Tensor | None:
         if hidden_BTLD is None:

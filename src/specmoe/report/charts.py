@@ -18,7 +18,7 @@ from specmoe.files import atomic_path
 from specmoe.report.labels import LABEL_PLACES, label_places
 from specmoe.report.pareto import pareto_front
 from specmoe.report.select import CATEGORIES, RECALL, excludes_zero, far_horizon, finished, groups
-from specmoe.report.text import microseconds, percent, points
+from specmoe.report.text import margin, microseconds, percent, points
 from specmoe.report.theme import CATEGORY_SHAPES, LIGHT, vega_config
 from specmoe.results import Interval, PredictorResult, Results
 
@@ -27,6 +27,7 @@ __all__ = [
     "Spec",
     "category_encoding",
     "finish",
+    "horizon_scale",
     "latency_front",
     "over_ridge",
     "parameter_front",
@@ -42,6 +43,10 @@ Spec: TypeAlias = dict[str, Any]
 # altair's ``properties`` may return either.
 Layered: TypeAlias = alt.LayerChart | alt.FacetChart
 AnyChart: TypeAlias = Layered | alt.Chart | alt.VConcatChart | alt.HConcatChart
+# Plots, in pixels, for which names of points are placed.
+_WIDE, _NARROW = 360, 250
+# In a narrower plot only the value is written beside a point, not its interval.
+_LABEL = "width < 330 ? datum.short : datum.label"
 _VERDICTS = ("ahead", "open", "behind")
 
 
@@ -58,6 +63,22 @@ def finish(chart: AnyChart, datasets: Mapping[str, Iterable[Row]], horizon: int 
     if horizon is not None:
         spec["params"] = [{"name": "horizon", "value": horizon}]
     return spec
+
+
+def horizon_scale(rows: Iterable[Row], below: float, above: float) -> alt.Scale:
+    """A linear scale that holds ``low`` to ``high`` of the rows of the horizon shown, with room at both ends.
+
+    below, above: the room, as shares of the range.
+    """
+    ends: dict[int, tuple[float, float]] = {}
+    for row in rows:
+        low, high = ends.get(row["h"], (row["low"], row["high"]))
+        ends[row["h"]] = (min(low, row["low"]), max(high, row["high"]))
+    spans = {h: high - low or 1.0 for h, (low, high) in ends.items()}
+    bottom = ",".join(f"{h}:{ends[h][0] - below * spans[h]:.4f}" for h in ends)
+    top = ",".join(f"{h}:{ends[h][1] + above * spans[h]:.4f}" for h in ends)
+    looked_up = [alt.ExprRef(f"{{{end}}}[horizon]") for end in (bottom, top)]
+    return alt.Scale(domain=looked_up, nice=False, zero=False)
 
 
 def category_encoding(*, legend: bool = False) -> dict[str, Any]:
@@ -88,14 +109,15 @@ def ranking(results: Results, part: Sequence[PredictorResult], *, last: bool = T
 def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | None:
     """Paired differences from ridge in points, and which of them are settled."""
     rows = [
-        {**row, "verdict": _verdict(r.over_ridge[row["h"]]), "label": points(r.over_ridge[row["h"]])}
+        {**row, "verdict": _verdict(i), "label": points(i), "short": margin(i)}
         for r in learned
         for row in _rows(r, r.over_ridge)
+        for i in (r.over_ridge[row["h"]],)
     ]
     if not rows:
         return None
-    ends = [value for row in rows for value in (row["low"], row["high"])]
-    scale = alt.Scale(domain=[min(-0.5, *ends) * 1.05, max(0.5, *ends) * 1.18], nice=False, zero=False)
+    nothing = {"low": 0.0, "high": 0.0}
+    scale = horizon_scale([*rows, *({"h": row["h"], **nothing} for row in rows)], 0.06, 0.34)
     base = _base()
     y = _names_axis("value")
     title = "points of recall@K more than ridge"
@@ -116,9 +138,9 @@ def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | N
         base.mark_point(size=70, filled=True, opacity=1).encode(
             x=x, y=y, color=color, shape=shape.legend(None), tooltip=_tooltip("difference, points")
         ),
-        base.mark_text(align="left", dx=8, style="label").encode(
-            x=alt.X("high:Q", scale=scale, title=title, axis=axis), y=y, text="label:N"
-        ),
+        base.transform_calculate(said=_LABEL)
+        .mark_text(align="left", dx=8, style="label")
+        .encode(x=alt.X("high:Q", scale=scale, title=title, axis=axis), y=y, text="said:N"),
     ).properties(width="container", height=26 * len({row["name"] for row in rows}))
     return finish(chart, {"rows": rows, "zero": [{"zero": 0}]}, results.protocol.horizons[0])
 
@@ -169,9 +191,10 @@ def untrained(results: Results) -> Spec | None:
     if not rows:
         return None
     order = list(dict.fromkeys(row["name"] for row in rows))
-    y = alt.Y("name:N", sort=order, title=None, axis=alt.Axis(style="names", grid=False))
+    y = alt.Y("name:N", sort=order, title=None, axis=names_axis(grid=False))
     scale = alt.Scale(domain=[0, 100])
     title = "recall@K, %"
+    axis = alt.Axis(values=list(range(0, 101, 20)))
     base = _base()
     tooltip = [alt.Tooltip("name:N", title="predictor"), alt.Tooltip("said:N", title="recall@K")]
     models = ["trained model", "untrained control"]
@@ -180,7 +203,7 @@ def untrained(results: Results) -> Spec | None:
         base.transform_calculate(model=f"'{model}'")
         .mark_point(size=80, filled=True, opacity=1)
         .encode(
-            x=alt.X(f"{field}:Q", scale=scale, title=title),
+            x=alt.X(f"{field}:Q", scale=scale, title=title, axis=axis),
             y=y,
             tooltip=tooltip,
             color=alt.Color("model:N", scale=alt.Scale(domain=models), legend=legend),
@@ -188,7 +211,9 @@ def untrained(results: Results) -> Spec | None:
         )
         for model, field in zip(models, ("trained", "untrained"), strict=True)
     ]
-    line = base.mark_rule(style="quiet").encode(x=alt.X("trained:Q", scale=scale, title=title), x2="untrained:Q", y=y)
+    line = base.mark_rule(style="quiet").encode(
+        x=alt.X("trained:Q", scale=scale, title=title, axis=axis), x2="untrained:Q", y=y
+    )
     chart = alt.layer(line, *dots).properties(width="container", height=28 * len(order))
     return finish(chart, {"rows": rows}, results.protocol.horizons[0])
 
@@ -267,6 +292,7 @@ def _rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[R
             "low": 100 * interval.low,
             "high": 100 * interval.high,
             "label": percent(interval),
+            "short": percent(interval).split(" ")[0],
         }
         for h, interval in by_horizon.items()
     ]
@@ -279,7 +305,14 @@ def _base(name: str = "rows", horizon: str | int = "horizon") -> alt.Chart:
 def _names_axis(by: str) -> alt.Y:
     """Predictors from top to bottom by falling ``by``."""
     order = alt.EncodingSortField(field=by, op="max", order="descending")
-    return alt.Y("name:N", sort=order, title=None, axis=alt.Axis(style="names", grid=True))
+    return alt.Y("name:N", sort=order, title=None, axis=names_axis(grid=True))
+
+
+def names_axis(*, grid: bool) -> alt.Axis:
+    """An axis of predictor names; in a narrow plot the long ones break after their first word."""
+    broken = "split(replace(datum.label, regexp('([a-z])([A-Z])'), '$1\\n$2'), '\\n')"
+    short = f"width < 420 && length(datum.label) > 20 ? {broken} : datum.label"
+    return alt.Axis(style="names", grid=grid, labelExpr=short)
 
 
 def _tooltip(measured: str) -> list[alt.Tooltip]:
@@ -306,7 +339,7 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     # Room at the right for the value that is written there.
     scale = alt.Scale(domain=[low, high + 0.2 * (high - low)], nice=False, zero=False)
     sort = look.order or alt.EncodingSortField(field="value", op="max", order="descending")
-    names = alt.Axis(style="names", grid=False) if look.names else alt.Axis(labels=False, ticks=False, domain=False)
+    names = names_axis(grid=False) if look.names else alt.Axis(labels=False, ticks=False, domain=False)
     y = alt.Y("name:N", sort=sort, title=None, axis=names)
     axis = alt.Axis(
         values=[value for value in range(0, 101, 10) if low <= value <= high],
@@ -327,7 +360,8 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     point = base.mark_point(size=64, filled=True, opacity=1).encode(
         x=across("value"), y=y, tooltip=_tooltip("recall@K, %"), **marks
     )
-    label = base.mark_text(align="left", dx=9, style="label").encode(x=across("high"), y=y, text="label:N")
+    label = base.transform_calculate(said=_LABEL).mark_text(align="left", dx=9, style="label")
+    label = label.encode(x=across("high"), y=y, text="said:N")
     return alt.layer(stem, interval, point, label).properties(width="container", height=24 * look.rows)
 
 
@@ -349,11 +383,10 @@ def _front_rows(costs: Sequence[tuple[PredictorResult, float]], results: Results
             {**_rows(r, {h: r.scores[RECALL][h]})[0], "cost": cost, "front": index in front}
             for index, (r, cost) in enumerate(there)
         ]
-        places = label_places(
-            [(math.log(row["cost"]), row["value"]) for row in found],
-            [row["name"] if row["front"] else "" for row in found],
-        )
-        rows += [{**row, "place": place} for row, place in zip(found, places, strict=True)]
+        points_ = [(math.log(row["cost"]), row["value"]) for row in found]
+        names = [row["name"] if row["front"] else "" for row in found]
+        places = zip(label_places(points_, names, _WIDE), label_places(points_, names, _NARROW), strict=True)
+        rows += [{**row, "wide": wide, "narrow": narrow} for row, (wide, narrow) in zip(found, places, strict=True)]
     return rows
 
 
@@ -371,33 +404,40 @@ def _front_chart(
     costs = [row["cost"] for row in (*rows, *upright)]
     scale = alt.Scale(type="log", domain=[min(costs) / 1.6, max(costs) * 1.6], nice=False)
     x = alt.X("cost:Q", scale=scale, title=title, axis=alt.Axis(format=number, grid=False, tickCount=5))
-    y = alt.Y("value:Q", scale=alt.Scale(zero=False, padding=18), title="recall@K, %", axis=alt.Axis(tickCount=6))
+    levels = horizon_scale([*rows, *({**row, "low": row["value"], "high": row["value"]} for row in across)], 0.07, 0.07)
+    y = alt.Y("value:Q", scale=levels, title="recall@K, %", axis=alt.Axis(tickCount=6))
     tooltip = [*_tooltip("recall@K, %"), alt.Tooltip("cost:Q", title=title, format=",")]
     layers: list[alt.Chart] = [
         base.transform_filter("datum.front").mark_line(style="quiet", interpolate="step-after").encode(x=x, y=y),
         base.mark_rule(strokeWidth=2, opacity=0.5).encode(
-            x=x, y=alt.Y("low:Q", title="recall@K, %"), y2="high:Q", color=category_encoding()["color"]
+            x=x, y=alt.Y("low:Q", title="recall@K, %", scale=levels), y2="high:Q", color=category_encoding()["color"]
         ),
         base.mark_point(size=80, filled=True, opacity=1).encode(x=x, y=y, tooltip=tooltip, **category_encoding()),
     ]
     for place, mark in LABEL_PLACES.items():
-        named = base.transform_filter(f"datum.place === '{place}'")
+        named = base.transform_filter(f"(width < {_WIDE} ? datum.narrow : datum.wide) === '{place}'")
         layers.append(named.mark_text(style="label", **mark).encode(x=x, y=y, text="name:N"))
     if across:
         line = _base("across")
         layers.append(line.mark_rule(style="reference").encode(y=y))
         layers.append(
-            line.mark_text(align="right", dy=9, style="reference-text").encode(
-                y=y, x=alt.value("width"), text="label:N"
+            line.mark_text(align="left", dx=4, dy=-8, style="reference-text").encode(
+                y=y, x=alt.value(0), text="label:N"
             )
         )
     if upright:
         line = alt.Chart(table("upright"))
         layers.append(line.mark_rule(style="reference").encode(x=x))
         layers.append(
-            line.mark_text(align="left", dx=5, baseline="bottom", style="reference-text").encode(
+            line.mark_text(**_beside(upright[0]["cost"], costs), baseline="bottom", style="reference-text").encode(
                 x=x, y=alt.value("height"), text="label:N"
             )
         )
     chart = alt.layer(*layers).properties(width="container", height=340)
     return finish(chart, {"rows": rows, "across": across, "upright": upright}, results.protocol.horizons[0])
+
+
+def _beside(cost: float, costs: Sequence[float]) -> dict[str, Any]:
+    """On which side of an upright line there is room for its label."""
+    right = math.log(cost) < (math.log(min(costs)) + math.log(max(costs))) / 2
+    return {"align": "left", "dx": 5} if right else {"align": "right", "dx": -5}

@@ -52,8 +52,8 @@ def _against_budget(timed: list[PredictorResult], budget: float | None, horizon:
             (
                 f"No predictor answers within the {microseconds(budget)} (median) that one MoE layer of this model "
                 f"computes. The quickest, {quickest.name}, takes "
-                f"{microseconds(_p50(quickest))}, {_p50(quickest) / budget:.1f} times as long: here, asking at every layer "
-                "would cost more than it can save unless it runs beside the layer or in a faster runtime."
+                f"{microseconds(_p50(quickest))}, {_p50(quickest) / budget:.1f} times as long: here, asking at every "
+                "layer would cost more than it can save unless it runs beside the layer or in a faster runtime."
             )
         ]
     sentences = [

@@ -27,7 +27,8 @@ def layers(result: PredictorResult, horizons: Sequence[int], domain: tuple[float
     ]
     if not rows:
         return None
-    middle = sum(domain) / 2
+    # From here up the cells are dark in the light theme and light in the dark one.
+    middle = domain[0] + 0.6 * (domain[1] - domain[0])
     base = alt.Chart(table()).encode(
         x=alt.X("h:O", title="horizon", axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False)),
         y=alt.Y("layer:O", title="source layer", axis=alt.Axis(domain=False, ticks=False)),
@@ -102,8 +103,8 @@ def calibration(result: PredictorResult, results: Results) -> Spec | None:
     if not rows:
         return None
     scale = alt.Scale(domain=[0, 100])
-    x = alt.X("predicted:Q", title="predicted, %", scale=scale, axis=alt.Axis(tickCount=4, grid=False))
-    y = alt.Y("observed:Q", title="observed, %", scale=scale, axis=alt.Axis(tickCount=4))
+    x = alt.X("predicted:Q", title="predicted, %", scale=scale, axis=alt.Axis(values=[0, 50, 100], grid=False))
+    y = alt.Y("observed:Q", title="observed, %", scale=scale, axis=alt.Axis(values=[0, 50, 100]))
     corners: list[Row] = [{"predicted": 0, "observed": 0}, {"predicted": 100, "observed": 100}]
     base = alt.Chart(table()).transform_filter("datum.h === horizon").encode(x=x, y=y)
     color = category_encoding()["color"]
@@ -157,20 +158,20 @@ def domains(results: Results) -> Spec | None:
     order = sorted(level, key=lambda name: (name != away, -level[name]))[:_MOST_DOMAINS]
     rows = [row for row in rows if row["domain"] in set(order)]
     names = [result.name for result in series]
-    legend = alt.Legend(title=None, orient="top", columns=3, labelLimit=200)
+    legend = alt.Legend(title=None, orient="top", labelLimit=200, symbolOpacity=1)
     scale = alt.Scale(domain=names)
     y = alt.Y("domain:N", sort=order, title=None, axis=alt.Axis(domain=False, ticks=False, grid=True, labelLimit=150))
     offset = alt.YOffset("name:N", sort=names, scale=alt.Scale(domain=names, paddingInner=0.2))
     zoom = alt.Scale(zero=False)
-    title = "recall@K, %"
+    title, axis = "recall@K, %", alt.Axis(tickCount=8)
     base = alt.Chart(table()).transform_filter("datum.h === horizon")
     color = alt.Color("name:N", scale=scale, legend=legend)
     chart = alt.layer(
         base.mark_rule(strokeWidth=2, opacity=0.55).encode(
-            x=alt.X("low:Q", scale=zoom, title=title), x2="high:Q", y=y, yOffset=offset, color=color
+            x=alt.X("low:Q", scale=zoom, title=title, axis=axis), x2="high:Q", y=y, yOffset=offset, color=color
         ),
         base.mark_point(size=48, filled=True, opacity=1).encode(
-            x=alt.X("value:Q", scale=zoom, title=title),
+            x=alt.X("value:Q", scale=zoom, title=title, axis=axis),
             y=y,
             yOffset=offset,
             color=color,

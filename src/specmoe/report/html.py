@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -61,6 +62,11 @@ class Cell(NamedTuple):
     value: float | str
     mark: str = ""
 
+    @property
+    def numeric(self) -> bool:
+        """Whether it holds a number."""
+        return not isinstance(self.value, str)
+
 
 def write_report(results: Results, path: Path) -> None:
     """Write the report of ``results`` to ``path``, atomically.
@@ -81,6 +87,7 @@ def render_report(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     content = page.content()
     return environment.get_template("template.html.jinja").render(
         **content,
@@ -245,7 +252,6 @@ def _ranking_columns(results: Results) -> list[tuple[str, bool]]:
     horizons = results.protocol.horizons
     return [
         ("predictor", False),
-        ("category", False),
         ("sees", False),
         ("parameters", True),
         *((f"recall@K h={h}, %", True) for h in horizons),
@@ -253,6 +259,7 @@ def _ranking_columns(results: Results) -> list[tuple[str, bool]]:
         (f"recall@2K h={horizons[0]}, %", True),
         ("p50", True),
         ("training a seed", True),
+        ("category", False),
     ]
 
 
@@ -261,7 +268,6 @@ def _ranking_cells(results: Results, result: PredictorResult) -> list[Cell]:
     p50 = result.latency.p50_us if result.latency else None
     seconds = train_seconds(result)
     cells = [
-        Cell(result.category, result.category),
         Cell(result.sees, result.sees),
         Cell(count(result.parameters), result.parameters),
         *(_score_cell(recall(result, h), percent) for h in horizons),
@@ -277,6 +283,7 @@ def _ranking_cells(results: Results, result: PredictorResult) -> list[Cell]:
         _score_cell(recall(result, horizons[0], "recall@2K"), percent),
         Cell(microseconds(p50), -1.0 if p50 is None else p50),
         Cell(duration(seconds), -1.0 if seconds is None else seconds),
+        Cell(result.category, result.category),
     ]
 
 
@@ -339,6 +346,11 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
             ],
         ),
     ]
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may break before its capitals."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])", name))
 
 
 def _json(value: Any) -> str:

@@ -11,25 +11,28 @@ __all__ = ["LABEL_PLACES", "label_places"]
 LABEL_PLACES: dict[str, dict[str, Any]] = {
     "left above": {"align": "right", "dx": -8, "dy": -9},
     "right below": {"align": "left", "dx": 8, "dy": 11},
+    "above": {"align": "center", "dx": 0, "dy": -14},
     "right above": {"align": "left", "dx": 8, "dy": -9},
     "left below": {"align": "right", "dx": -8, "dy": 11},
+    "below": {"align": "center", "dx": 0, "dy": 15},
 }
-# A plot of a narrow page, in pixels, and how much a letter takes; wider plots only have more room.
-_WIDTH, _HEIGHT = 280.0, 300.0
-_LETTER, _LINE, _POINT = 6.0, 13.0, 5.0
+# Pixels: the plot's height, and what a letter, a line and a point take.
+_HEIGHT = 300.0
+_LETTER, _LINE, _POINT = 6.5, 13.0, 5.0
 
 _Box = tuple[float, float, float, float]
 
 
-def label_places(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str]:
+def label_places(points: Sequence[tuple[float, float]], names: Sequence[str], width: float) -> list[str]:
     """The place of each name beside its point, the highest point first; empty where none is free.
 
     Args:
         points: x (to the right) and y (upwards), in any unit. names: empty for points without a label.
+        width: of the plot, in pixels; wider ones only have more room.
     """
     xs, ys = [x for x, _ in points], [y for _, y in points]
     where = [
-        (_WIDTH * _share(x, xs), _HEIGHT * (1 - _share(y, ys)))  # pixels run downwards
+        (width * _share(x, xs), _HEIGHT * (1 - _share(y, ys)))  # pixels run downwards
         for x, y in points
     ]
     taken: list[_Box] = [(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in where]
@@ -39,7 +42,7 @@ def label_places(points: Sequence[tuple[float, float]], names: Sequence[str]) ->
             continue
         for place, mark in LABEL_PLACES.items():
             box = _box(where[index], len(names[index]) * _LETTER, mark)
-            inside = box[0] >= -30 and box[2] <= _WIDTH + 30
+            inside = box[0] >= -30 and box[2] <= width + 30
             if inside and not any(_overlap(box, other) for n, other in enumerate(taken) if n != index):
                 chosen[index] = place
                 taken.append(box)
@@ -54,7 +57,7 @@ def _share(value: float, values: Sequence[float]) -> float:
 
 
 def _box(point: tuple[float, float], length: float, mark: dict[str, Any]) -> _Box:
-    left = point[0] + mark["dx"] - (length if mark["align"] == "right" else 0)
+    left = point[0] + mark["dx"] - {"left": 0.0, "center": 0.5, "right": 1.0}[mark["align"]] * length
     middle = point[1] + mark["dy"]
     return left, middle - _LINE / 2, left + length, middle + _LINE / 2
 

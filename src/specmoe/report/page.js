@@ -14,7 +14,7 @@
     const theme = structuredClone(dark.matches ? themes.dark : themes.light);
     if (narrow.matches) {
       // Long predictor names leave too little room for the plot otherwise.
-      Object.assign(theme.style.names, { minExtent: 140, maxExtent: 140, labelLimit: 137, labelFontSize: 10 });
+      Object.assign(theme.style.names, { minExtent: 122, maxExtent: 122, labelLimit: 120, labelFontSize: 10, labelLineHeight: 11 });
       theme.style.label.fontSize = 10;
       theme.style["reference-text"].fontSize = 10;
       theme.legend.columns = 1;

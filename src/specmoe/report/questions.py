@@ -50,7 +50,8 @@ def headline(results: Results) -> str:
     winner = best(finished(results), horizon, learned=True)
     if winner is None:
         return _nothing_learned(results, horizon)
-    said = f"{winner.name} foresees {percent_range(_recall(winner, horizon))} of the experts that a token needs {ahead(horizon)}"
+    share = percent_range(_recall(winner, horizon))
+    said = f"{winner.name} foresees {share} of the experts that a token needs {ahead(horizon)}"
     if ridge(results) is None:
         rival = strongest_training_free(results, horizon)
         if rival is None:
@@ -148,12 +149,13 @@ def efficiency(results: Results) -> Answer:
         if passing:
             first = passing[0]
             sentences.append(
-                f"Ridge reaches {percent_range(_recall(probe, horizon))}. The smallest that beats it by a margin whose interval "
-                f"excludes 0 is {first.name}, with {count(first.parameters)} parameters."
+                f"Ridge reaches {percent_range(_recall(probe, horizon))}. The smallest that beats it by a margin whose "
+                f"interval excludes 0 is {first.name}, with {count(first.parameters)} parameters."
             )
         else:
             sentences.append(
-                f"Ridge reaches {percent_range(_recall(probe, horizon))}; none beats it by a margin whose interval excludes 0."
+                f"Ridge reaches {percent_range(_recall(probe, horizon))}; none beats it by a margin whose interval "
+                "excludes 0."
             )
     sentences.append(
         "Recall per parameter always favours the smallest, whatever it foresees, so the front says more than the ratio."
@@ -197,8 +199,8 @@ def stability(results: Results) -> Answer:
     low, high = spread_limits(freedom)
     sentences = [
         (
-            f"Over seeds, recall@K at h={horizon} on the test part has a standard deviation of {100 * pooled:.2f} points "
-            f"({100 * pooled * low:.2f} to {100 * pooled * high:.2f}), pooled over {len(measured)} predictors "
+            f"Over seeds, recall@K at h={horizon} on the test part has a standard deviation of {100 * pooled:.2f} "
+            f"points ({100 * pooled * low:.2f} to {100 * pooled * high:.2f}), pooled over {len(measured)} predictors "
             f"as if all shared one."
         )
     ]

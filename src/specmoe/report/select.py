@@ -119,7 +119,8 @@ def strongest_training_free(results: Results, horizon: int) -> PredictorResult |
 
 def selection(results: Results) -> tuple[PredictorResult, ...]:
     """Those worth a picture of their own: the best of each learned category, ridge, and the strongest
-    training-free predictor of each other kind of input; best first."""
+    training-free predictor of each other kind of input; best first.
+    """
     found = finished(results)
     horizon = results.protocol.horizons[0]
     names = {result.name for result in best_per_category(results).values() if result.learned}

@@ -54,7 +54,7 @@ DARK = Palette(
     categories=("#5bb3ec", "#ff9a4d", "#3fc79a", "#e391c0", "#9aa5b3"),
     ahead="#5bb3ec",
     behind="#ff9a4d",
-    ramp=("#1d2733", "#1f3f5e", "#27618f", "#3f8bc2", "#7db9e3", "#cfe6f7"),
+    ramp=("#1d2733", "#1d3a56", "#235580", "#2f74a8", "#6aaedd", "#cfe6f7"),
     on_low="#e6eaf0",
     on_high="#10151b",
 )

@@ -307,7 +307,8 @@ def _records(
     lengths = [len(entry.captured(loaded.family, loaded.stack)) for entry in batch]
     kept = [keeps_hidden(entry.document.doc_id, keep.hidden) for entry in batch]
     logits = _stacked([layer.logits for layer in routes.layers], torch.float32)
-    _check_finite(logits, batch, lengths, "the router's output", "the weights are damaged or overflow --dtype")
+    if not keep.logits:
+        _check_finite(logits, batch, lengths)
     ids = _stacked([layer.ids for layer in routes.layers], torch.int16).split(lengths)
     weights = _stacked([layer.weights for layer in routes.layers], torch.float32).split(lengths)
     token_ids = routes.token_ids.to("cpu", torch.int32).split(lengths)
@@ -316,12 +317,8 @@ def _records(
         rows = torch.tensor(kept).repeat_interleave(torch.tensor(lengths))
         whole = all(kept)
         parts = [layer.hidden if whole else layer.hidden[rows.to(layer.hidden.device)] for layer in routes.layers]
-        stacked = _stacked(parts, keep.hidden_dtype)
         kept_lengths = [length for length, wanted in zip(lengths, kept, strict=True) if wanted]
-        kept_batch = [entry for entry, wanted in zip(batch, kept, strict=True) if wanted]
-        hint = "the weights are damaged, or it overflows --hidden-dtype (bfloat16 has float32's range)"
-        _check_finite(stacked, kept_batch, kept_lengths, "the router's input", hint)
-        pieces = iter(stacked.split(kept_lengths))
+        pieces = iter(_stacked(parts, keep.hidden_dtype).split(kept_lengths))
         hidden = [next(pieces) if wanted else None for wanted in kept]
     return [
         (
@@ -341,16 +338,24 @@ def _records(
 
 def _stacked(layers: list[Tensor], dtype: torch.dtype) -> Tensor:
     """[N, L, ...] on the CPU from one [N, ...] per layer."""
-    return torch.stack([layer.to(dtype) for layer in layers], 1).cpu()
+    stacked = torch.empty(len(layers[0]), len(layers), *layers[0].shape[1:], dtype=dtype, device=layers[0].device)
+    for index, layer in enumerate(layers):
+        stacked[:, index] = layer
+    return stacked.cpu()
 
 
-def _check_finite(values: Tensor, batch: list[Encoded], lengths: list[int], what: str, hint: str) -> None:
-    if is_finite(values):
+def _check_finite(logits: Tensor, batch: list[Encoded], lengths: list[int]) -> None:
+    """The writer checks what it keeps; logits that are not kept still must not be NaN."""
+    if is_finite(logits):
         return
-    row, layer = (~torch.isfinite(values)).flatten(2).any(-1).nonzero()[0].tolist()
+    row, layer = (~torch.isfinite(logits)).any(-1).nonzero()[0].tolist()
     for entry, length in zip(batch, lengths, strict=True):
         if row < length:
-            raise SpecmoeError(f"document {entry.document.doc_id!r}: {what} of MoE layer {layer} is NaN or Inf; {hint}")
+            name = entry.document.doc_id
+            raise SpecmoeError(
+                f"document {name!r}: router_logits holds NaN or Inf at token {row} in MoE layer {layer}; "
+                "the model's run is at fault"
+            )
         row -= length
 
 

@@ -61,10 +61,10 @@ def _decode(model: Any, family: Family, stack: str, steps: int, warmed_up: Calla
                 warmed_up()
         return
     ids_name = "decoder_input_ids" if family.is_encoder_decoder else "input_ids"
-    named: dict[str, Any] = {"input_ids": prompt} if family.is_encoder_decoder else {}
-    output = model(**{**named, ids_name: prompt}, use_cache=True)
+    named: dict[str, Any] = {}
     if family.is_encoder_decoder:
-        named = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        named = {"encoder_outputs": model.get_encoder()(input_ids=prompt)}
+    output = model(**named, **{ids_name: prompt}, use_cache=True)
     for step in range(steps + 2):
         output = model(**named, **{ids_name: token}, past_key_values=output.past_key_values, use_cache=True)
         if step == 1:

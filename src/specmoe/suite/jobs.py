@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specmoe.checkpoint import load_checkpoint
 from specmoe.errors import SpecmoeError
-from specmoe.evaluation import Tally, evaluate
+from specmoe.evaluation import Tally, evaluate, inclusion_scale
 from specmoe.files import atomic_path, read_json, write_json
 from specmoe.metrics import budgets_of
 from specmoe.predictors.base import Predictor, parameter_count
@@ -101,12 +101,13 @@ def run_job(
         checkpoint.unlink(missing_ok=True)
         return result
 
-    tallies = {part: evaluate(predictor, windows, device) for part, windows in data.evaluated.items()}
+    scale = inclusion_scale(predictor, data.validation, device)
+    tallies = {part: evaluate(predictor, windows, device, scale=scale) for part, windows in data.evaluated.items()}
     recall = {
         part: {horizon: round(value, 6) for horizon, value in zip(data.horizons, tally.recall(), strict=True)}
         for part, tally in tallies.items()
     }
-    save_predictor(predictor, folder / "model.safetensors")
+    save_predictor(predictor, folder / "model.safetensors", scale)
     kept = {f"{part} {name}": t for part in ("test", "held_out_domain") if part in tallies for name, t in tallies[part].tensors().items()}
     kept["journey"] = foreseen(predictor, data, device)
     with atomic_path(folder / "tally.safetensors") as temporary:
@@ -132,13 +133,14 @@ def foreseen(predictor: Predictor, data: SuiteData, device: str) -> Tensor:
     return logits.topk(budgets_of(data.topology.top_k, data.topology.experts)["K"], -1).indices.short().cpu()
 
 
-def save_predictor(predictor: Predictor, path: Path) -> None:
-    """Write a predictor's weights with what is needed to build it again."""
+def save_predictor(predictor: Predictor, path: Path, scale: float) -> None:
+    """Write a predictor's weights with what is needed to build it again and to read its logits."""
     facts = {
         "predictor": type(predictor).__name__,
         "topology": predictor.topology.model_dump_json(),
         "horizons": json.dumps(predictor.horizons),
         "parameters": str(parameter_count(predictor)),
+        "inclusion_scale": repr(scale),
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in predictor.state_dict().items()}
     with atomic_path(path) as temporary:

@@ -69,7 +69,11 @@ class RoutingRecord:
                 allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FIELDS[name])
                 raise SpecmoeError(f"{name} has dtype {tensor.dtype}, expected {allowed}")
             if tensor.is_floating_point() and not is_finite(tensor):
-                raise SpecmoeError(f"{name} holds NaN or Inf; the model's run is at fault, or the file is damaged")
+                row, layer = (~torch.isfinite(tensor)).flatten(2).any(-1).nonzero()[0].tolist()
+                hint = " (float16 overflows early, bfloat16 does not)" if tensor.dtype == torch.float16 else ""
+                raise SpecmoeError(
+                    f"{name} holds NaN or Inf at token {row} in MoE layer {layer}; the model's run is at fault{hint}"
+                )
         if len(self) and int(self.expert_ids.min()) < -1:
             raise SpecmoeError(f"expert_ids holds {int(self.expert_ids.min())}; only -1 (no expert) may be negative")
 

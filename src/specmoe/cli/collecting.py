@@ -1,0 +1,101 @@
+"""``specmoe collect`` and ``specmoe import``: how traces come into being."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
+from specmoe.errors import SpecmoeError, unknown_name
+
+__all__ = ["register"]
+
+_FORMATS = ("gating-pickle",)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("collect")(collect)
+    app.command("import")(import_)
+
+
+def collect(
+    out: Out,
+    model: Annotated[
+        str, typer.Option(help="Directory or hub id of an OLMoE or Switch model; 'bundled' needs no download.")
+    ] = "bundled",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files or folders to read; default: the held-out standard library.")
+    ] = None,
+    tokens_per_document: Annotated[int, typer.Option(min=2, help="Each document is cut there.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
+    keep_hidden: Annotated[str, typer.Option(help="Router inputs: all, none, or sample:0.1 of the documents.")] = "all",
+    hidden_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    stack: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (default) or encoder.")] = None,
+    untrained: Annotated[bool, typer.Option(help="Random weights of the same shape, as a control.")] = False,
+    seed: Annotated[int, typer.Option(help="Order of documents, and the weights of --untrained.")] = 0,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Let a model read text and write its routing to a trace."""
+    from specmoe.cli.steps import collect_trace
+    from specmoe.sources.corpus import read_documents, standard_library
+    from specmoe.trace import Trace
+
+    documents = read_documents(text) if text else standard_library("held-out")
+    collect_trace(
+        model,
+        documents,
+        out,
+        title="reading" if not untrained else "reading, untrained",
+        max_tokens_per_document=tokens_per_document,
+        max_tokens=max_tokens,
+        keep_hidden=keep_hidden,
+        hidden_dtype=hidden_dtype,
+        stack=stack,
+        untrained=untrained,
+        seed=seed,
+        device=resolve_device(device),
+    )
+    _tell(Trace.open(out), json)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="File to import.")],
+    out: Out,
+    format: Annotated[str, typer.Option(help=f"One of: {', '.join(_FORMATS)}.")] = "gating-pickle",
+    model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
+    json: AsJson = False,
+) -> None:
+    """Turn somebody else's routing data into a trace; says what looks wrong with it."""
+    from specmoe.cli.progress import ProgressLine
+    from specmoe.sources.gating_pickle import import_gating_pickle
+    from specmoe.trace import Trace
+
+    if format not in _FORMATS:
+        raise unknown_name("format", format, _FORMATS)
+    if not source.is_file():
+        raise SpecmoeError(f"{source} is not a file")
+    with ProgressLine("importing") as line:
+        warnings = import_gating_pickle(source, out, model_id=model_id, on_progress=line.update)
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    _tell(Trace.open(out), json, warnings=warnings)
+
+
+def _tell(trace: object, as_json: bool, warnings: list[str] | None = None) -> None:
+    from specmoe.suite.assemble import trace_facts
+    from specmoe.trace import Trace
+
+    assert isinstance(trace, Trace)
+    facts = trace_facts(trace)
+    if as_json:
+        print_json(facts.model_dump(mode="json") | ({"warnings": warnings} if warnings is not None else {}))
+        return
+    shape = facts.topology
+    typer.echo(
+        f"{trace.directory}: {facts.tokens:,} tokens in {facts.documents} documents of {facts.domains} domains, "
+        f"{shape.layers} MoE layers × {shape.experts} experts, top-{shape.top_k}; keeps {', '.join(facts.fields)}"
+    )

@@ -1,0 +1,57 @@
+"""Options that several verbs share, and how their texts become values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specmoe.errors import SpecmoeError
+
+__all__ = ["AsJson", "Device", "Out", "parse_horizons", "print_json", "resolve_device"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+
+
+def parse_horizons(text: str) -> tuple[int, ...]:
+    """``1-4`` or ``1,3,5`` as sorted numbers.
+
+    Raises:
+        SpecmoeError: it is neither.
+    """
+    horizons: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            horizons.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise SpecmoeError(f"--horizons {text!r} is not a list like 1-4 or 1,3,5") from error
+    if not horizons or min(horizons) < 1 or max(horizons) > 1024:
+        raise SpecmoeError(f"--horizons {text!r}: each must lie between 1 and 1024")
+    return tuple(sorted(horizons))
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` becomes what is there.
+
+    Raises:
+        SpecmoeError: unknown, or a GPU was asked for and there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise SpecmoeError(f"--device {device!r} is not known; use auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SpecmoeError("--device cuda: torch sees no GPU here; use --device cpu")
+    return device
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for scripts."""
+    print(json.dumps(value, indent=1, allow_nan=False))

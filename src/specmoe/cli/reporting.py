@@ -1,0 +1,41 @@
+"""``specmoe report``: the report of a results file, made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specmoe.cli.options import AsJson, print_json
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("report")(report)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.json.")],
+    html: Annotated[Path | None, typer.Option(help="Where the page goes; default: beside the results.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also draw the ranking as a PNG or SVG file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show results again: the table here, the page as a file."""
+    from specmoe.report.charts import ranking_figure
+    from specmoe.report.html import write_report
+    from specmoe.report.terminal import print_results
+    from specmoe.results import Results
+
+    loaded = Results.load(results)
+    page = html or results.with_name("report.html")
+    write_report(loaded, page)
+    if figure is not None:
+        ranking_figure(loaded, figure)
+    if json:
+        print_json(loaded.model_dump(mode="json"))
+        return
+    print_results(loaded)
+    typer.echo(f"\nreport: {page}")

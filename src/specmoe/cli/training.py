@@ -1,0 +1,80 @@
+"""``specmoe train`` and ``specmoe demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specmoe.cli.options import AsJson, Device, Out, parse_horizons, print_json, resolve_device
+from specmoe.errors import SpecmoeError
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("train")(train)
+    app.command("demo")(demo)
+
+
+Only = Annotated[list[str] | None, typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")]
+Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
+
+
+def train(
+    trace: Annotated[Path, typer.Argument(help="Directory of a trace.")],
+    out: Out,
+    only: Only = None,
+    seeds: Seeds = 3,
+    horizons: Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")] = "1-4",
+    control: Annotated[Path | None, typer.Option(help="Trace of an untrained model, shown beside.")] = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Train and judge predictors on a trace; killed and started again, it continues."""
+    from specmoe.cli.steps import train_on
+    from specmoe.predictors.registry import select
+    from specmoe.report.html import write_report
+    from specmoe.report.terminal import print_results
+
+    results = train_on(
+        trace,
+        out,
+        select(only or ()),
+        seeds=tuple(range(seeds)),
+        horizons=parse_horizons(horizons),
+        control=control,
+        workers=workers,
+        device=resolve_device(device),
+    )
+    write_report(results, out / "report.html")
+    if json:
+        print_json(results.model_dump(mode="json"))
+        return
+    print_results(results)
+    typer.echo(f"\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}")
+    if not any(predictor.status == "ok" for predictor in results.predictors):
+        raise SpecmoeError("no run finished; the table above says why")
+
+
+def demo(
+    out: Out = Path("runs/demo"),
+    seeds: Seeds = 3,
+    workers: Workers = None,
+    json: AsJson = False,
+) -> None:
+    """The whole chain on the bundled model: read text, train everything, write the report."""
+    from specmoe.cli.steps import collect_trace
+    from specmoe.sources.corpus import standard_library
+
+    documents = standard_library("held-out")
+    trace, control = out / "trace", out / "control-trace"
+    collect_trace("bundled", documents, trace, title="the model reads")
+    collect_trace(
+        "bundled", documents, control, title="an untrained one too", untrained=True, max_tokens_per_document=192
+    )
+    train(trace, out, seeds=seeds, control=control, workers=workers, device="cpu", json=json)

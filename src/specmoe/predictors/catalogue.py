@@ -1,0 +1,47 @@
+"""The registry as a table: what every predictor is, needs and weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from specmoe.predictors.base import parameter_count
+from specmoe.predictors.registry import PREDICTORS
+from specmoe.topology import REFERENCE, Topology
+
+__all__ = ["DEMO", "CatalogueEntry", "catalogue"]
+
+# The bundled model's shape.
+DEMO = Topology(model_id="olmoe-stdlib", layers=8, experts=16, top_k=2, hidden_size=128)
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """One predictor. Parameters are counted at the reference topology and at the demo's."""
+
+    name: str
+    category: str
+    sees: str
+    needs: tuple[str, ...]
+    source: str
+    reference_parameters: int
+    demo_parameters: int
+    learning_rate: float
+    epochs: int
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """All predictors, in the registry's order."""
+    entries = []
+    for name, predictor in PREDICTORS.items():
+        recipe = predictor.recipe
+        # On the meta device nothing is allocated or initialised: only shapes count.
+        with torch.device("meta"):
+            sizes = [parameter_count(predictor(topology)) for topology in (REFERENCE, DEMO)]
+        needs = tuple(sorted(recipe.needs))
+        rate, epochs = recipe.learning_rate, recipe.epochs
+        entries.append(
+            CatalogueEntry(name, recipe.category, recipe.sees, needs, recipe.source, sizes[0], sizes[1], rate, epochs)
+        )
+    return entries
