@@ -181,15 +181,16 @@ def test_the_experts_that_ran_are_the_recorded_ones() -> None:
     model = olmoe()
     ids = torch.randint(0, VOCABULARY, (1, 1))
     site = router_sites(model, family_of("olmoe"))[0]
-    seen: list[Tensor] = []
-    site.experts.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    experts: Any = site.experts
+    seen: list[Any] = []
+    experts.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.inference_mode(), recorded_routes(model, family_of("olmoe")) as recorder:
         model(input_ids=ids)
         chosen = recorder.take()[0].layers[0].ids[0]
         others = [expert for expert in range(8) if expert not in chosen.tolist()]
-        site.experts.down_proj[others] = 0
+        experts.down_proj[others] = 0
         model(input_ids=ids)
-        site.experts.down_proj[chosen] = 0
+        experts.down_proj[chosen] = 0
         model(input_ids=ids)
     assert torch.equal(seen[0], seen[1])
     assert bool((seen[0] != 0).any())
@@ -219,9 +220,14 @@ def test_hooks_are_gone_afterwards_also_after_an_error(build: Any) -> None:
     model = build()
     family = family_of(model.config.model_type)
     assert hooks(model) == 0
-    with pytest.raises(ZeroDivisionError), recorded_routes(model, family):
-        assert hooks(model) > 0
-        raise ZeroDivisionError
+
+    def broken_off() -> None:
+        with recorded_routes(model, family):
+            assert hooks(model) > 0
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken_off()
     assert hooks(model) == 0
     with recorded_routes(model, family) as recorder, pytest.raises(IndexError):
         run_model(model, family, [[VOCABULARY + 5, 1]])
@@ -357,7 +363,9 @@ def test_padding_leaves_no_trace(family: str, olmoe_dir: Path, switch_dir: Path,
         assert torch.equal(record.token_ids, alone[name].token_ids)
         assert torch.equal(record.expert_ids, alone[name].expert_ids)
         for field in ("gate_weights", "router_logits", "hidden"):
-            torch.testing.assert_close(getattr(record, field), getattr(alone[name], field), rtol=1e-3, atol=1e-4)
+            single: Tensor = getattr(alone[name], field)
+            difference = (getattr(record, field) - single).abs().max()
+            assert float(difference) < 1e-4 * float(single.abs().max())
 
 
 def test_overflow_reaches_the_trace(tokenizer: Any, tmp_path: Path) -> None:
@@ -431,7 +439,7 @@ def test_continuing_adds_only_what_lacks(olmoe_dir: Path, tmp_path: Path) -> Non
     before = {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*")}
     collect(olmoe_dir, documents(), tmp_path / "parts", **options)
     assert before == {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*")}
-    with pytest.raises(SpecmoeError, match="holds another trace .source differs.; choose another --out"):
+    with pytest.raises(SpecmoeError, match=r"holds another trace \(source differs\); choose another --out"):
         collect(olmoe_dir, documents(5), tmp_path / "parts", **options)
 
 
@@ -518,7 +526,7 @@ def test_models_that_are_none(olmoe_dir: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SpecmoeError, match=r"is not a model directory: it has no config.json"):
         load_model(tmp_path / "empty")
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(SpecmoeError, match="unknown model family 'gpt2'; .*olmoe"):
+    with pytest.raises(SpecmoeError, match=r"unknown model family 'gpt2'; .*olmoe"):
         load_model(tmp_path / "gpt2")
     for content in ("{", "[]", "{}", '{"model_type": 7}', '{"model_type": "from the future"}'):
         (tmp_path / "empty" / "config.json").write_text(content)
@@ -552,14 +560,14 @@ def test_damaged_models(tokenizer: Any, tmp_path: Path) -> None:
     weights.write_bytes(whole)
     for path in directory.glob("token*"):
         path.unlink()
-    with pytest.raises(SpecmoeError, match="cannot load the tokenizer of"):
+    with pytest.raises(SpecmoeError, match="has no tokenizer, or one without a vocabulary"):
         load_model(directory)
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     bigger = train_tokenizer(documents(), VOCABULARY + 40)
     directory = saved(olmoe(vocab_size=260), bigger, tmp_path / "model")
-    with pytest.raises(SpecmoeError, match="document 'doc.*' has token .*; the model knows 260 tokens"):
+    with pytest.raises(SpecmoeError, match=r"document 'doc.*' has token .*; the model knows 260 tokens"):
         collect(directory, documents(), tmp_path / "trace", max_tokens_per_document=64)
 
 
@@ -572,9 +580,7 @@ def test_nan_names_document_and_layer(tokenizer: Any, tmp_path: Path, value: flo
         model.model.embed_tokens.weight[token] = value
     directory = saved(model, tokenizer, tmp_path / "model")
     texts = [*documents(3), Document("broken", "d", "the ~ router")]
-    with pytest.raises(
-        SpecmoeError, match="document 'broken': router_logits holds NaN or Inf at token . in MoE layer 0"
-    ):
+    with pytest.raises(SpecmoeError, match=r"document 'broken': .* holds NaN or Inf at token . in MoE layer 0"):
         collect(directory, texts, tmp_path / "trace", max_tokens_per_document=64, batch_tokens=1, **options)
 
 
@@ -584,7 +590,7 @@ def test_a_hidden_dtype_that_overflows(tokenizer: Any, tmp_path: Path) -> None:
         model.model.layers[1].post_attention_layernorm.weight.mul_(1e6)
         model.model.layers[1].mlp.gate.weight.mul_(1e-6)
     directory = saved(model, tokenizer, tmp_path / "model")
-    with pytest.raises(SpecmoeError, match="hidden holds NaN or Inf at token 0 in MoE layer 1.*bfloat16"):
+    with pytest.raises(SpecmoeError, match=r"hidden holds NaN or Inf at token \d in MoE layer 1.*bfloat16"):
         collect(directory, documents(2), tmp_path / "trace", max_tokens_per_document=64)
     out = collect(directory, documents(2), tmp_path / "b", max_tokens_per_document=64, hidden_dtype="bfloat16")
     assert Trace.open(out).read(0).hidden is not None
@@ -628,5 +634,5 @@ def test_the_time_of_a_layer(switch_dir: Path, olmoe_dir: Path, stack: str) -> N
 
 def test_the_bundled_model_has_weights_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "_NAME", "no-such-model")
-    with pytest.raises(SpecmoeError, match="the bundled model is missing .*specmoe pretrain"):
+    with pytest.raises(SpecmoeError, match=r"the bundled model is missing .*specmoe pretrain"):
         bundled.bundled_model()

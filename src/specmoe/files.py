@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # A library that writes through a private file of its own would leave it unreadable to others.
         temporary.chmod(mode)
         _sync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync(path.parent)
     except Exception as error:
         _discard(temporary)
@@ -62,7 +62,7 @@ def _disk_reason(error: Exception) -> str | None:
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
     if code == errno.EFBIG:
-        return "the file passes this process's or this disk's limit on file size; raise it, then run the same command again"
+        return "the file passes a limit on file size; raise it, then run the same command again to continue"
     if code in {errno.ENOSPC, errno.EDQUOT}:
         return "no space left on the disk; free some, then run the same command again to continue"
     if code in {errno.EACCES, errno.EPERM, errno.EROFS}:

@@ -46,7 +46,7 @@ class HierarchicalGatingPredictor(NeuralPredictor):
         self.layer_level = RouteInput(topology, width, depth=8)
         self.layer_block = ResidualBlock(width, width // 2)
         self.layer = nn.Embedding(topology.layers, width)
-        self.view_weight = nn.Linear(width, 1)
+        self.view_weight = nn.Linear(width, 1, bias=False)
         self.norm = nn.LayerNorm(width)
         self.head = LayerHead(topology, horizons, width)
         self.skip = LinearSkip(topology, horizons)

@@ -90,6 +90,9 @@ def _load(model: str, dtype: str, device: str, stack: str | None, seed: int | No
             tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
         except Exception as error:
             raise _cannot_load("the tokenizer of", model, local, error) from error
+        # Where the files are missing, transformers makes an empty tokenizer that knows no word.
+        if len(set(tokenizer("Six words become different token ids", add_special_tokens=False)["input_ids"])) < 5:
+            raise SpecmoeError(f"{model} has no tokenizer, or one without a vocabulary; put tokenizer.json there")
         model_class = getattr(transformers, family.model_class)
         try:
             if seed is None:

@@ -121,7 +121,8 @@ class Manifest(_Strict):
             raise SpecmoeError(f"{path} does not describe a specmoe trace")
         if content.get("version") != VERSION:
             raise SpecmoeError(
-                f"{path} has trace version {content.get('version')}, this specmoe reads version {VERSION}; capture again"
+                f"{path} has trace version {content.get('version')}, this specmoe reads version {VERSION}; "
+                "capture again"
             )
         if content.pop("sha256", None) != _digest(content):
             raise SpecmoeError(f"{path} was changed after it was written (its checksum is wrong); capture again")
