@@ -15,6 +15,7 @@ from specmoe.errors import SpecmoeError
 
 __all__ = ["app", "main", "run_verb"]
 
+_INTERRUPTED = 130
 # Newer typer brings its own copy of click; this is ClickException of whichever one it uses.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
@@ -39,19 +40,23 @@ def run_verb(arguments: list[str]) -> int:
     Errors that the user can put right end in one line on standard error and code 2, Ctrl-C in code 130.
     """
     try:
-        return app(arguments, standalone_mode=False) or 0
+        code = app(arguments, standalone_mode=False) or 0
     except SpecmoeError as error:
         _say(f"error: {' '.join(str(error).split())}")
+        return 2
     except _UsageError as error:
         error.show()
+        return 2
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; run the same command again to continue")
-        return 130
+        code = _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, say) has gone; there is nobody left to tell.
         sys.stderr.close()
         return 0
-    return 2
+    # Some versions of typer turn Ctrl-C into this code by themselves.
+    if code == _INTERRUPTED:
+        _say("interrupted; run the same command again to continue")
+    return code
 
 
 def _say(text: str) -> None:

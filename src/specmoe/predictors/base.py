@@ -36,7 +36,7 @@ class Recipe:
     Attributes:
         category: the group it is ranked in. sees: the most telling kind of input it uses; only predictors
             that see the same compare fairly.
-        needs: trace fields without which it cannot run.
+        needs: trace fields without which it cannot run; ``routers`` stands for the routers' own weights.
         source: paper (year) or system the method comes from.
         learning_rate: of AdamW. epochs: at most. batch_windows: windows a step.
         scheduler: ``cosine`` (over all epochs) or ``plateau`` (halved when validation stalls).

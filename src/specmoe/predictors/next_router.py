@@ -30,7 +30,7 @@ class NextRouter(Predictor):
     recipe: ClassVar[Recipe] = Recipe(
         category="training-free",
         sees="hidden",
-        needs=frozenset({"hidden"}),
+        needs=frozenset({"hidden", "routers"}),
         source="Fate (2025); mixtral-offloading (2023)",
     )
 

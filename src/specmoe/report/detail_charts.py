@@ -31,7 +31,7 @@ def layers(result: PredictorResult, horizons: Sequence[int], domain: tuple[float
     middle = domain[0] + 0.6 * (domain[1] - domain[0])
     base = alt.Chart(table()).encode(
         x=alt.X("h:O", title="horizon", axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False)),
-        y=alt.Y("layer:O", title="source layer", axis=alt.Axis(domain=False, ticks=False)),
+        y=alt.Y("layer:O", title="source layer", axis=alt.Axis(domain=False, ticks=False, labelOverlap=True)),
     )
     color = alt.Color("value:Q", scale=alt.Scale(domain=list(domain)), legend=None)
     tooltip = [
@@ -124,8 +124,12 @@ def calibration(result: PredictorResult, results: Results) -> Spec | None:
     return finish(chart, {"rows": rows, "corners": corners}, results.protocol.horizons[0])
 
 
-def domains(results: Results) -> Spec | None:
-    """recall@K by domain of the best learned predictor, ridge and the strongest other training-free one."""
+def domains(results: Results) -> tuple[Spec | None, str]:
+    """recall@K by domain of the best learned predictor, ridge and the strongest other training-free one.
+
+    Returns:
+        The chart, and what it leaves out where there are many domains.
+    """
     first = results.protocol.horizons[0]
     found = finished(results)
     probe = ridge(results)
@@ -153,9 +157,14 @@ def domains(results: Results) -> Spec | None:
                 for h, interval in by_horizon.items()
             ]
     if not rows:
-        return None
+        return None, ""
     level = {row["domain"]: row["value"] for row in reversed(rows) if row["h"] == first}
-    order = sorted(level, key=lambda name: (name != away, -level[name]))[:_MOST_DOMAINS]
+    order = sorted(level, key=lambda name: (name != away, -level[name]))
+    note = ""
+    if len(order) > _MOST_DOMAINS:
+        note = f"Of {len(order)} domains, the {_MOST_DOMAINS} easiest and hardest are shown."
+        half = _MOST_DOMAINS // 2
+        order = order[:half] + order[-half:]
     rows = [row for row in rows if row["domain"] in set(order)]
     names = [result.name for result in series]
     legend = alt.Legend(title=None, orient="top", labelLimit=200, symbolOpacity=1)
@@ -187,4 +196,4 @@ def domains(results: Results) -> Spec | None:
             ],
         ),
     ).properties(width="container", height=(11 + 9 * len(names)) * len(order))
-    return finish(chart, {"rows": rows}, first)
+    return finish(chart, {"rows": rows}, first), note

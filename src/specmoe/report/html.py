@@ -128,6 +128,7 @@ class _Page:
         lowest = 10 * (min(curve, default=0.0) // 10)
         span = (lowest, min(100.0, 5 * (max(curve, default=100.0) // 5 + 1)))
         parts = groups(results)
+        by_domain, left_out = detail_charts.domains(results)
         return {
             "results": results,
             "headline": headline(results),
@@ -204,12 +205,12 @@ class _Page:
                 for f in self.figure(
                     f"calibration-{n}",
                     detail_charts.calibration(r, results),
-                    f"Calibration of {r.name}; expected calibration error {_plain(recall(r, self.first, 'ece'))}",
+                    f"Calibration of {r.name}; calibration error {_plain(recall(r, self.first, 'ece'))}",
                     r.name,
                 )
             ],
             "domains": self.figure(
-                "domains", detail_charts.domains(results), "Recall at K by domain of the text, with 95 % intervals"
+                "domains", by_domain, "Recall at K by domain of the text, with 95 % intervals", note=left_out
             ),
             "untrained": self.figure(
                 "untrained",

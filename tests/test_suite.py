@@ -1,0 +1,228 @@
+"""Many runs: resumable, side by side, and a results file that says everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from specmoe.errors import SpecmoeError
+from specmoe.predictors.registry import PREDICTORS
+from specmoe.results import Results
+from specmoe.sources.synthetic import optimal_recall, synthetic_trace
+from specmoe.suite.data import SuiteData
+from specmoe.suite.jobs import Job, load_predictor, run_job
+from specmoe.suite.run import JobEvent, jobs_of
+from specmoe.suite.train import train_suite
+from specmoe.topology import Topology
+
+NAMES = ["TinySpeculationModel", "RegularizedSpeculationModel", "LayerFrequency", "LayerMarkov", "RandomGuess", "Ridge"]
+HORIZONS = (1, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def finished(synthetic_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    out = tmp_path_factory.mktemp("suite")
+    return train_suite(synthetic_path, out, NAMES, seeds=(0, 1), horizons=HORIZONS, workers=1), out
+
+
+def recalls(results: Results) -> dict[str, list[dict[str, dict[int, float]]]]:
+    return {p.name: [seed.recall for seed in p.seeds] for p in results.predictors}
+
+
+def test_results_describe_themselves(finished: tuple[Results, Path], synthetic_path: Path) -> None:
+    results, out = finished
+    assert Results.load(out / "results.json") == results
+    content = json.loads((out / "results.json").read_text())
+    assert content["format"] == "specmoe-results"
+    assert results.trace.documents == 24
+    assert sum(results.split.documents.values()) == 24
+    assert results.protocol.horizons == HORIZONS
+    assert set(results.made.versions) == {"specmoe", "torch", "python"}
+    assert results.split.hash == SuiteData.load(synthetic_path, HORIZONS).split.hash
+    assert [p.name for p in results.predictors] == NAMES
+    assert all(p.status == "ok" for p in results.predictors)
+    assert [len(p.seeds) for p in results.predictors] == [2, 2, 1, 1, 1, 1]
+    assert all(p.latency is not None and p.latency.p50_us > 0 for p in results.predictors)
+
+
+def test_controls_hold(finished: tuple[Results, Path]) -> None:
+    results, _ = finished
+    assert len(results.controls) >= 2
+    assert all(control.holds for control in results.controls), results.controls
+
+
+def test_nothing_beats_the_known_optimum(finished: tuple[Results, Path]) -> None:
+    results, _ = finished
+    for predictor in results.predictors:
+        for horizon, recall in predictor.scores["recall@K"].items():
+            best = optimal_recall(results.trace.topology, 0.8, 3, horizon)
+            assert recall.low <= best + 0.02, (predictor.name, horizon)
+    ridge = next(p for p in results.predictors if p.name == "Ridge")
+    assert ridge.scores["recall@K"][1].value > optimal_recall(results.trace.topology, 0.8, 3, 1) - 0.08
+
+
+def test_lift_and_differences_are_paired(finished: tuple[Results, Path]) -> None:
+    by_name = {p.name: p for p in finished[0].predictors}
+    tiny, ridge = by_name["TinySpeculationModel"], by_name["Ridge"]
+    for horizon in HORIZONS:
+        difference = tiny.scores["recall@K"][horizon].value - ridge.scores["recall@K"][horizon].value
+        assert tiny.over_ridge[horizon].value == pytest.approx(difference, abs=1e-9)
+        assert tiny.over_ridge[horizon].low <= difference <= tiny.over_ridge[horizon].high
+    assert ridge.over_ridge == {}
+    assert ridge.lift[1].value <= 0 or ridge.lift[1].value == pytest.approx(0)
+
+
+def test_the_journey_shows_what_was_foreseen_for_a_place(finished: tuple[Results, Path], synthetic_path: Path) -> None:
+    results, out = finished
+    journey, data = results.journey, SuiteData.load(synthetic_path, HORIZONS)
+    assert journey is not None
+    index, window = data.journey
+    assert journey.document == data.trace.documents[index].doc_id
+    assert journey.actual[3][1] == tuple(data.trace.read(index).expert_ids[3, 1].tolist())
+    predictor = load_predictor(Job("Ridge", 0), out, data)
+    with torch.no_grad():
+        logits = predictor(window)[0]
+    # Token 3, layer 1 of 4 is place 13: foreseen at horizon 5 from place 8, token 2, layer 0.
+    assert journey.predictions["Ridge"][5][3][1] == tuple(logits[2, 0, HORIZONS.index(5)].topk(2).indices.tolist())
+    assert journey.predictions["Ridge"][5][1][0] is None
+    assert journey.predictions["Ridge"][5][1][1] is not None
+
+
+def test_done_jobs_are_kept_and_others_added(finished: tuple[Results, Path], synthetic_path: Path) -> None:
+    results, out = finished
+    events: list[JobEvent] = []
+    names = [*NAMES, "TokenTable"]
+    again = train_suite(
+        synthetic_path, out, names, seeds=(0, 1), horizons=HORIZONS, workers=1, on_event=events.append
+    )
+    assert [event.job.predictor for event in events if event.result and not event.reused] == ["TokenTable"]
+    assert recalls(again).items() >= recalls(results).items()
+
+
+def test_workers_give_the_same_as_one_process(
+    finished: tuple[Results, Path], synthetic_path: Path, tmp_path: Path
+) -> None:
+    results, _ = finished
+    side_by_side = train_suite(synthetic_path, tmp_path, NAMES[:3], seeds=(0, 1), horizons=HORIZONS, workers=2)
+    assert recalls(side_by_side) == {name: recalls(results)[name] for name in NAMES[:3]}
+
+
+def test_a_diverging_run_fails_by_itself(
+    synthetic_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = PREDICTORS["TinySpeculationModel"]
+
+    class Exploding(tiny):
+        recipe = dataclasses.replace(tiny.recipe, learning_rate=1e38, clip=1e38)
+
+    monkeypatch.setitem(PREDICTORS, "TinySpeculationModel", Exploding)
+    results = train_suite(
+        synthetic_path, tmp_path, ["TinySpeculationModel", "LayerMarkov"], seeds=(0,), horizons=(1,), workers=1
+    )
+    failed, fine = results.predictors
+    assert (failed.status, fine.status) == ("failed", "ok")
+    assert "not finite" in failed.reason
+    assert "learning rate" in failed.reason
+
+
+def test_a_trace_without_hidden_states_skips_who_needs_them(tmp_path: Path) -> None:
+    from specmoe.trace import Manifest, Source, Trace, TraceWriter
+
+    topology = Topology(model_id="ids", layers=3, experts=6, top_k=2, hidden_size=8)
+    synthetic_trace(tmp_path / "full", topology=topology, documents=12, tokens=40, determinism=0.7, seed=1)
+    full = Trace.open(tmp_path / "full")
+    manifest = Manifest(topology=topology, source=Source(kind="test"), fields=("token_ids", "phase", "expert_ids"))
+    with TraceWriter(tmp_path / "ids", manifest) as writer:
+        for index, document in enumerate(full.documents):
+            record = dataclasses.replace(full.read(index), gate_weights=None, router_logits=None, hidden=None)
+            writer.add(document.doc_id, document.domain, document.text_sha256, record)
+    names = ["TinySpeculationModel", "ContextualGatingPredictor", "LayerMarkov", "Ridge", "NextRouter"]
+    results = train_suite(tmp_path / "ids", tmp_path / "out", names, seeds=(0,), horizons=(1, 2), workers=1)
+    status = {p.name: p.status for p in results.predictors}
+    assert status == {
+        "TinySpeculationModel": "skipped",
+        "ContextualGatingPredictor": "ok",
+        "LayerMarkov": "ok",
+        "Ridge": "skipped",
+        "NextRouter": "skipped",
+    }
+    assert all("hidden" in p.reason for p in results.predictors if p.status == "skipped")
+    with pytest.raises(SpecmoeError, match="no predictor can run"):
+        train_suite(tmp_path / "ids", tmp_path / "none", ["Ridge"], seeds=(0,), workers=1)
+
+
+def test_horizons_longer_than_the_documents_are_refused(synthetic_path: Path) -> None:
+    with pytest.raises(SpecmoeError, match="horizon"):
+        SuiteData.load(synthetic_path, (48 * 4,))
+    SuiteData.load(synthetic_path, (48 * 4 - 1,))
+
+
+def test_a_damaged_checkpoint_starts_that_run_again(synthetic_path: Path, tmp_path: Path) -> None:
+    data, job = SuiteData.load(synthetic_path, (1,)), Job("TinySpeculationModel", 0)
+    expected = run_job(job, data, tmp_path / "a")
+
+    class Stop(Exception):
+        pass
+
+    def stop(report: object) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        # Stopped in the second epoch's report: the first epoch's checkpoint is there.
+        run_job(job, data, tmp_path / "b", on_epoch=lambda r: stop(r) if r.epoch == 2 else None)
+    (checkpoint,) = job.folder(tmp_path / "b").glob("checkpoint-*.safetensors")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    assert run_job(job, data, tmp_path / "b").recall == expected.recall
+
+
+def curves(results: Results) -> list[list[tuple[object, ...]]]:
+    return [[seed.curve for seed in predictor.seeds] for predictor in results.predictors]
+
+
+def train_command(trace: Path, out: Path) -> list[str]:
+    names = [argument for name in ("Tiny*", "Regular*", "LayerM*") for argument in ("--only", name)]
+    return [sys.executable, "-m", "specmoe", "train", str(trace), "--out", str(out), "--seeds", "2", *names]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: Path) -> None:
+    topology = Topology(model_id="synthetic", layers=6, experts=16, top_k=2, hidden_size=64)
+    trace, out = tmp_path / "trace", tmp_path / "out"
+    synthetic_trace(trace, topology=topology, documents=24, tokens=64, determinism=0.8, seed=5)
+    process = subprocess.Popen(
+        train_command(trace, out), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("jobs/*/checkpoint-*.safetensors")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "run the same command again to continue" in errors
+        assert "Traceback" not in errors
+    assert not (out / "results.json").exists()
+    names = ["TinySpeculationModel", "RegularizedSpeculationModel", "LayerMarkov"]
+    arguments = {"seeds": (0, 1), "horizons": (1, 2, 3, 4)}
+    continued = train_suite(trace, out, names, workers=1, **arguments)
+    uninterrupted = train_suite(trace, tmp_path / "other", names, workers=1, **arguments)
+    assert recalls(continued) == recalls(uninterrupted)
+    assert curves(continued) == curves(uninterrupted)
+    assert not list(out.glob("jobs/*/checkpoint-*"))
+
+
+def test_jobs_run_costly_ones_first(synthetic_path: Path) -> None:
+    data = SuiteData.load(synthetic_path, (1,))
+    jobs = jobs_of(list(PREDICTORS), (0, 1), data)
+    assert jobs[0].predictor == "HierarchicalEnsemble"
+    assert len(jobs) == 9 * 2 + 10 - 1  # the synthetic trace keeps no router weights
