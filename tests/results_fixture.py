@@ -150,8 +150,8 @@ def nasty_results() -> Results:
         update={"seeds": (*rest[1].seeds[:2], SeedResult(seed=2, status="failed", reason="Inf gradient"))}
     )
     skipped = PredictorResult(
-        name="sequence-activation", category="training-free", sees="context", needs=("hidden",), source="", learned=False,
-        parameters=0, status="skipped", reason="the trace keeps no hidden states",
+        name="sequence-activation", category="training-free", sees="context", needs=("hidden",), source="",
+        learned=False, parameters=0, status="skipped", reason="the trace keeps no hidden states",
     )  # fmt: skip
     sparse = rest[2].model_copy(
         update={

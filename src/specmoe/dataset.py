@@ -198,11 +198,11 @@ class Windows:
         pieces = [(index, start) for index in documents for start in range(0, trace.documents[index].tokens, length)]
         count, span = len(pieces), length + context
         layers, experts, top_k = self.topology.layers, self.topology.experts, self.topology.top_k
-        self.token_ids = torch.zeros(count, span, dtype=torch.int32)
-        self.phase = torch.zeros(count, span, dtype=torch.uint8)
+        self.token_ids = torch.zeros(count, span, dtype=torch.long)
+        self.phase = torch.zeros(count, span, dtype=torch.long)
         self.valid = torch.zeros(count, span, dtype=torch.bool)
         self.scored = torch.zeros(count, span, dtype=torch.bool)
-        self.expert_ids = torch.full((count, span, layers, top_k), -1, dtype=torch.int16)
+        self.expert_ids = torch.full((count, span, layers, top_k), -1)
         self.routed = torch.zeros(count, span, layers, experts)
         self.router = torch.zeros(count, span, layers, experts)
         self.hidden: Tensor | None = None
@@ -253,17 +253,22 @@ class Windows:
 
     def batch(self, rows: Tensor | slice) -> Window:
         """The windows ``rows`` as a batch."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            # index_select copies whole rows, several times faster than general indexing.
+            return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
         return Window(
-            token_ids_BT=self.token_ids[rows].long(),
-            valid_BT=self.valid[rows],
-            scored_BT=self.scored[rows],
-            expert_ids_BTLK=self.expert_ids[rows].long(),
-            routed_BTLE=self.routed[rows],
-            router_BTLE=self.router[rows],
-            hidden_BTLD=None if self.hidden is None else self.hidden[rows],
+            token_ids_BT=pick(self.token_ids),
+            valid_BT=pick(self.valid),
+            scored_BT=pick(self.scored),
+            expert_ids_BTLK=pick(self.expert_ids),
+            routed_BTLE=pick(self.routed),
+            router_BTLE=pick(self.router),
+            hidden_BTLD=None if self.hidden is None else pick(self.hidden),
             soft=self.soft,
-            document_B=self.documents[rows],
-            phase_BT=self.phase[rows].long(),
+            document_B=pick(self.documents),
+            phase_BT=pick(self.phase),
         )
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Window]:

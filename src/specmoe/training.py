@@ -147,7 +147,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_
         return torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=recipe.epochs * steps_per_epoch, eta_min=recipe.learning_rate * 0.02
         )
-    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.002)
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.01)
 
 
 def training_target(

@@ -28,8 +28,9 @@ class ContextualGatingPredictor(NeuralPredictor):
         sees="context",
         source="multi-head attention (Vaswani et al., 2017), positions by distance (Shaw et al., 2018)",
         learning_rate=2.5e-3,
-        epochs=9,
+        epochs=6,
         batch_windows=16,
+        scheduler="cosine",
     )
     memory = 16
 

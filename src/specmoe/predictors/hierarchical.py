@@ -29,8 +29,9 @@ class HierarchicalGatingPredictor(NeuralPredictor):
         sees="context",
         source="attention over hierarchical views (Yang et al., 2016, for documents)",
         learning_rate=2.5e-3,
-        epochs=9,
+        epochs=6,
         batch_windows=16,
+        scheduler="cosine",
     )
     memory = 32
 

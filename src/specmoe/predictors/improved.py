@@ -36,7 +36,7 @@ class ImprovedPredictor(NeuralPredictor):
         sees="context",
         source="parallel branches fused, as in Inception (Szegedy et al., 2015), over widths and time spans",
         learning_rate=3e-3,
-        epochs=9,
+        epochs=6,
         batch_windows=32,
     )
     memory = max(_SPANS)

@@ -29,7 +29,7 @@ class LayerSpecificPredictor(NeuralPredictor):
         sees="context",
         source="one predictor a layer, as in Pre-gated MoE (Hwang et al., 2024) and ProMoE (Song et al., 2024)",
         learning_rate=2.5e-3,
-        epochs=9,
+        epochs=7,
         batch_windows=32,
     )
     memory = 1

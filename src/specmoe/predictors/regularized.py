@@ -26,7 +26,7 @@ class RegularizedSpeculationModel(NeuralPredictor):
         needs=frozenset({"hidden"}),
         source="residual perceptron (He et al., 2016) with LayerNorm and dropout on the router input",
         learning_rate=3e-3,
-        epochs=10,
+        epochs=7,
         batch_windows=32,
         weight_decay=0.05,
     )

@@ -31,7 +31,7 @@ class TransformerGatingPredictor(NeuralPredictor):
         sees="context",
         source="transformer encoder (Vaswani et al., 2017) and LSTM (Hochreiter & Schmidhuber, 1997)",
         learning_rate=2e-3,
-        epochs=9,
+        epochs=6,
         batch_windows=16,
         scheduler="cosine",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,6 +35,7 @@ __all__ = [
     "ranking",
     "ranking_figure",
     "recall_domain",
+    "structure",
     "table",
     "untrained",
 ]
@@ -55,14 +57,27 @@ def table(name: str = "rows") -> alt.NamedData:
     return alt.NamedData(name=name)
 
 
-def finish(chart: AnyChart, datasets: Mapping[str, Iterable[Row]], horizon: int | None = None) -> Spec:
-    """The chart as Vega-Lite JSON with its data. horizon: the one to show first, None if it shows all."""
+def structure(chart: AnyChart) -> Spec:
+    """The chart as Vega-Lite JSON, without data."""
     # Not validated against the schema: that takes longer than all else, and the tests draw every chart.
-    spec = chart.to_dict(validate=False)
-    spec["datasets"] = {name: list(rows) for name, rows in datasets.items()}
+    return chart.to_dict(validate=False)
+
+
+def finish(
+    spec: Spec, datasets: Mapping[str, Iterable[Row]], horizon: int | None = None, height: int | None = None
+) -> Spec:
+    """A copy of ``spec`` with its data.
+
+    Args:
+        spec: from ``structure``; left as it is. datasets: rows by name, as given to ``table``.
+        horizon: the one to show first, None if the chart shows all. height: in pixels, None to leave it.
+    """
+    done = {**spec, "datasets": {name: list(rows) for name, rows in datasets.items()}}
     if horizon is not None:
-        spec["params"] = [{"name": "horizon", "value": horizon}]
-    return spec
+        done["params"] = [{"name": "horizon", "value": horizon}]
+    if height is not None:
+        done["height"] = height
+    return done
 
 
 def horizon_scale(rows: Iterable[Row], below: float, above: float) -> alt.Scale:
@@ -103,7 +118,14 @@ def ranking(results: Results, part: Sequence[PredictorResult], *, last: bool = T
     """recall@K with intervals of one group of predictors, best on top. last: carries the axis."""
     domain = recall_domain(i for r in finished(results) for i in r.scores[RECALL].values())
     rows = [row for r in part for row in _rows(r, r.scores[RECALL])]
-    return finish(_dots(_Look(domain, len(part), last)), {"rows": rows}, results.protocol.horizons[0]) if rows else None
+    if not rows:
+        return None
+    return finish(_ranking_structure(domain, last), {"rows": rows}, results.protocol.horizons[0], 24 * len(part))
+
+
+@cache
+def _ranking_structure(domain: tuple[float, float], last: bool) -> Spec:
+    return structure(_dots(_Look(domain, last)))
 
 
 def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | None:
@@ -142,7 +164,7 @@ def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | N
         .mark_text(align="left", dx=8, style="label")
         .encode(x=alt.X("high:Q", scale=scale, title=title, axis=axis), y=y, text="said:N"),
     ).properties(width="container", height=26 * len({row["name"] for row in rows}))
-    return finish(chart, {"rows": rows, "zero": [{"zero": 0}]}, results.protocol.horizons[0])
+    return finish(structure(chart), {"rows": rows, "zero": [{"zero": 0}]}, results.protocol.horizons[0])
 
 
 def parameter_front(results: Results) -> Spec | None:
@@ -215,7 +237,7 @@ def untrained(results: Results) -> Spec | None:
         x=alt.X("trained:Q", scale=scale, title=title, axis=axis), x2="untrained:Q", y=y
     )
     chart = alt.layer(line, *dots).properties(width="container", height=28 * len(order))
-    return finish(chart, {"rows": rows}, results.protocol.horizons[0])
+    return finish(structure(chart), {"rows": rows}, results.protocol.horizons[0])
 
 
 def ranking_figure(results: Results, path: Path) -> None:
@@ -243,9 +265,7 @@ def ranking_figure(results: Results, path: Path) -> None:
         for place, (sees, part) in enumerate(parts):
             name = f"rows_{column}_{place}"
             datasets[name] = [row for r in part for row in _rows(r, r.scores[RECALL]) if row["h"] == horizon]
-            look = _Look(
-                domain, len(part), last=place == len(parts) - 1, order=[r.name for r in part], names=column == 0
-            )
+            look = _Look(domain, last=place == len(parts) - 1, order=[r.name for r in part], names=column == 0)
             heading = f"sees {sees}" if column == 0 else " "
             chart = _dots(look, name, horizon).properties(width=330, height=20 * len(part))
             charts.append(chart.properties(title=alt.Title(heading, anchor="start", fontSize=12)))
@@ -271,7 +291,7 @@ def ranking_figure(results: Results, path: Path) -> None:
     config["background"] = "white"
     config["font"] = "Helvetica, Arial, sans-serif"
     config["text"]["font"] = config["font"]
-    spec = finish(body.properties(title=title, padding=16), datasets)
+    spec = finish(structure(body.properties(title=title, padding=16)), datasets)
     spec["config"] = config
     import vl_convert
 
@@ -308,8 +328,10 @@ def _names_axis(by: str) -> alt.Y:
     return alt.Y("name:N", sort=order, title=None, axis=names_axis(grid=True))
 
 
-def names_axis(*, grid: bool) -> alt.Axis:
-    """An axis of predictor names; in a narrow plot the long ones break after their first word."""
+def names_axis(*, grid: bool, breaking: bool = True) -> alt.Axis:
+    """An axis of predictor names; in a narrow plot the long ones break after their first word if ``breaking``."""
+    if not breaking:
+        return alt.Axis(style="names", grid=grid)
     broken = "split(replace(datum.label, regexp('([a-z])([A-Z])'), '$1\\n$2'), '\\n')"
     short = f"width < 420 && length(datum.label) > 20 ? {broken} : datum.label"
     return alt.Axis(style="names", grid=grid, labelExpr=short)
@@ -324,10 +346,9 @@ def _tooltip(measured: str) -> list[alt.Tooltip]:
 
 
 class _Look(NamedTuple):
-    """How a dot plot looks: its range in %, rows, whether it carries the axis, a fixed order, whether it names rows."""
+    """How a dot plot looks: its range in %, whether it carries the axis, a fixed order, whether it names rows."""
 
     domain: tuple[float, float]
-    rows: int
     last: bool
     order: list[str] | None = None
     names: bool = True
@@ -339,7 +360,11 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     # Room at the right for the value that is written there.
     scale = alt.Scale(domain=[low, high + 0.2 * (high - low)], nice=False, zero=False)
     sort = look.order or alt.EncodingSortField(field="value", op="max", order="descending")
-    names = names_axis(grid=False) if look.names else alt.Axis(labels=False, ticks=False, domain=False)
+    names = (
+        names_axis(grid=False, breaking=look.order is None)
+        if look.names
+        else alt.Axis(labels=False, ticks=False, domain=False)
+    )
     y = alt.Y("name:N", sort=sort, title=None, axis=names)
     axis = alt.Axis(
         values=[value for value in range(0, 101, 10) if low <= value <= high],
@@ -362,7 +387,7 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     )
     label = base.transform_calculate(said=_LABEL).mark_text(align="left", dx=9, style="label")
     label = label.encode(x=across("high"), y=y, text="said:N")
-    return alt.layer(stem, interval, point, label).properties(width="container", height=24 * look.rows)
+    return alt.layer(stem, interval, point, label).properties(width="container")
 
 
 def _verdict(difference: Interval) -> str:
@@ -434,7 +459,7 @@ def _front_chart(
             )
         )
     chart = alt.layer(*layers).properties(width="container", height=340)
-    return finish(chart, {"rows": rows, "across": across, "upright": upright}, results.protocol.horizons[0])
+    return finish(structure(chart), {"rows": rows, "across": across, "upright": upright}, results.protocol.horizons[0])
 
 
 def _beside(cost: float, costs: Sequence[float]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import altair as alt
 
-from specmoe.report.charts import Row, Spec, category_encoding, finish, table
+from specmoe.report.charts import Row, Spec, category_encoding, finish, structure, table
 from specmoe.report.select import best, finished, ridge, strongest_training_free
 from specmoe.report.text import percent
 from specmoe.results import PredictorResult, Results
@@ -27,8 +28,13 @@ def layers(result: PredictorResult, horizons: Sequence[int], domain: tuple[float
     ]
     if not rows:
         return None
-    # From here up the cells are dark in the light theme and light in the dark one.
-    middle = domain[0] + 0.6 * (domain[1] - domain[0])
+    labelled = len(result.per_layer) <= _LABELLED_LAYERS
+    step = 20 if labelled else 8
+    return finish(_layers_structure(domain, labelled), {"rows": rows}, height=step * len(result.per_layer))
+
+
+@cache
+def _layers_structure(domain: tuple[float, float], labelled: bool) -> Spec:
     base = alt.Chart(table()).encode(
         x=alt.X("h:O", title="horizon", axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False)),
         y=alt.Y("layer:O", title="source layer", axis=alt.Axis(domain=False, ticks=False, labelOverlap=True)),
@@ -40,12 +46,12 @@ def layers(result: PredictorResult, horizons: Sequence[int], domain: tuple[float
         alt.Tooltip("value:Q", title="recall@K, %", format=".1f"),
     ]
     parts = [base.mark_rect(cornerRadius=2).encode(color=color, tooltip=tooltip)]
-    if len(result.per_layer) <= _LABELLED_LAYERS:
+    if labelled:
+        # From here up the cells are dark in the light theme and light in the dark one.
+        middle = domain[0] + 0.6 * (domain[1] - domain[0])
         for style, test in (("on-low", f"datum.value < {middle}"), ("on-high", f"datum.value >= {middle}")):
             parts.append(base.transform_filter(test).mark_text(style=style).encode(text="text:N"))
-    step = 20 if len(result.per_layer) <= _LABELLED_LAYERS else 8
-    chart = alt.layer(*parts).properties(width="container", height=step * len(result.per_layer))
-    return finish(chart, {"rows": rows})
+    return structure(alt.layer(*parts).properties(width="container"))
 
 
 def learning_curves(result: PredictorResult, domain: tuple[float, float]) -> Spec | None:
@@ -63,6 +69,11 @@ def learning_curves(result: PredictorResult, domain: tuple[float, float]) -> Spe
     ]
     if not rows:
         return None
+    return finish(_curves_structure(domain), {"rows": rows})
+
+
+@cache
+def _curves_structure(domain: tuple[float, float]) -> Spec:
     base = alt.Chart(table()).encode(
         x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickCount=4, tickMinStep=1, format="d", grid=False)),
         y=alt.Y(
@@ -83,7 +94,7 @@ def learning_curves(result: PredictorResult, domain: tuple[float, float]) -> Spe
         base.mark_line(strokeWidth=1.2, opacity=0.8),
         base.transform_filter("datum.kept").mark_point(size=34, filled=True, opacity=1),
     ).properties(width="container", height=150)
-    return finish(chart, {"rows": rows})
+    return structure(chart)
 
 
 def calibration(result: PredictorResult, results: Results) -> Spec | None:
@@ -102,10 +113,15 @@ def calibration(result: PredictorResult, results: Results) -> Spec | None:
     ]
     if not rows:
         return None
+    corners: list[Row] = [{"predicted": 0, "observed": 0}, {"predicted": 100, "observed": 100}]
+    return finish(_calibration_structure(), {"rows": rows, "corners": corners}, results.protocol.horizons[0])
+
+
+@cache
+def _calibration_structure() -> Spec:
     scale = alt.Scale(domain=[0, 100])
     x = alt.X("predicted:Q", title="predicted, %", scale=scale, axis=alt.Axis(values=[0, 50, 100], grid=False))
     y = alt.Y("observed:Q", title="observed, %", scale=scale, axis=alt.Axis(values=[0, 50, 100]))
-    corners: list[Row] = [{"predicted": 0, "observed": 0}, {"predicted": 100, "observed": 100}]
     base = alt.Chart(table()).transform_filter("datum.h === horizon").encode(x=x, y=y)
     color = category_encoding()["color"]
     chart = alt.layer(
@@ -121,7 +137,7 @@ def calibration(result: PredictorResult, results: Results) -> Spec | None:
             ],
         ),
     ).properties(width="container", height=170)
-    return finish(chart, {"rows": rows, "corners": corners}, results.protocol.horizons[0])
+    return structure(chart)
 
 
 def domains(results: Results) -> tuple[Spec | None, str]:
@@ -196,4 +212,4 @@ def domains(results: Results) -> tuple[Spec | None, str]:
             ],
         ),
     ).properties(width="container", height=(11 + 9 * len(names)) * len(order))
-    return finish(chart, {"rows": rows}, first), note
+    return finish(structure(chart), {"rows": rows}, first), note

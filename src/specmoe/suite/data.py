@@ -19,12 +19,13 @@ from specmoe.trace import Trace
 
 __all__ = ["SuiteData", "trace_fingerprint"]
 
-TRAINING_LENGTH = 32
+TRAINING_LENGTH = 16
 EVALUATION_LENGTH = 512
 EVALUATION_CONTEXT = 64
 # The training part is large and its recall only shows the gap to the others: a sample is enough.
 _TRAINING_SAMPLE_TOKENS = 6000
 _JOURNEY_TOKENS = 40
+_PREPARATION_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SuiteData:
         """What predictors may prepare from: the training windows and the model's routers."""
 
         def windows() -> Iterable[Window]:
-            return self.train.batches(TRAINING_LENGTH)
+            return self.train.batches(_PREPARATION_WINDOWS)
 
         routers = self.trace.routers()
         return Knowledge(windows, *(routers or (None, None)))
