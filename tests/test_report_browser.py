@@ -57,7 +57,9 @@ class Opened:
 
     def __init__(self, results: Results, folder: Path, *, dark: bool = False, width: int = 1200) -> None:
         page = folder / "report.html"
-        page.write_text(render_report(results).replace("</body>", PROBE + "</body>"), encoding="utf-8")
+        # The libraries inside the page hold the same tag in a string.
+        before, end, after = render_report(results).rpartition("</body>")
+        page.write_text(before + PROBE + end + after, encoding="utf-8")
         done = subprocess.run(
             [
                 str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -385,7 +385,9 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     point = base.mark_point(size=64, filled=True, opacity=1).encode(
         x=across("value"), y=y, tooltip=_tooltip("recall@K, %"), **marks
     )
-    label = base.transform_calculate(said=_LABEL).mark_text(align="left", dx=9, style="label")
+    label = base.transform_calculate(said=_LABEL if adapts else "datum.label").mark_text(
+        align="left", dx=9, style="label"
+    )
     label = label.encode(x=across("high"), y=y, text="said:N")
     return alt.layer(stem, interval, point, label).properties(width="container")
 
