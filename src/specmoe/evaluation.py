@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from specmoe.dataset import Windows, targets_of
-from specmoe.metrics import CALIBRATION_BINS, calibration_sums, event_metrics, inclusion_probabilities
+from specmoe.metrics import (
+    CALIBRATION_BINS,
+    calibration_sums,
+    event_metrics,
+    inclusion_probabilities,
+    recall_at_k,
+)
 from specmoe.predictors.base import Predictor
 from specmoe.results import ByHorizon, CalibrationBin, Interval
 
@@ -57,7 +63,7 @@ class Tally:
 
 
 @torch.no_grad()
-def inclusion_scale(predictor: Predictor, windows: Windows, device: str = "cpu", sample_tokens: int = 2048) -> float:
+def inclusion_scale(predictor: Predictor, windows: Windows, device: str = "cpu", sample_tokens: int = 1024) -> float:
     """The factor on a predictor's logits that makes its inclusion probabilities most accurate.
 
     Temperature scaling (Guo et al., 2017) by the Brier score, on windows that are not the test part. It
@@ -84,35 +90,49 @@ def inclusion_scale(predictor: Predictor, windows: Windows, device: str = "cpu",
 
 @torch.no_grad()
 def evaluate(
-    predictor: Predictor, windows: Windows, device: str = "cpu", *, scale: float = 1.0, batch_tokens: int = 4096
+    predictor: Predictor,
+    windows: Windows,
+    device: str = "cpu",
+    *,
+    scale: float = 1.0,
+    only_recall: bool = False,
+    batch_tokens: int = 2048,
 ) -> Tally:
-    """Score every event of ``windows`` once; ``scale`` is :func:`inclusion_scale`."""
+    """Score every event of ``windows`` once.
+
+    Args:
+        scale: :func:`inclusion_scale`, for the metrics that need probabilities.
+        only_recall: leave everything but recall@K out, which takes a fraction of the time.
+        batch_tokens: tokens scored at once.
+    """
     predictor.eval()
     documents, group_of_window = windows.documents.unique(return_inverse=True)
-    layers, horizons = windows.topology.layers, len(predictor.horizons)
-    groups = len(documents) * PHASES
-    flat: dict[str, Tensor] = {}
-    events = torch.zeros(groups, layers, horizons, dtype=torch.float64)
-    bins = torch.zeros(len(documents), horizons, CALIBRATION_BINS, 3, dtype=torch.float64)
-    size = max(1, batch_tokens // (windows.length + windows.context))
+    topology, horizons = windows.topology, len(predictor.horizons)
+    shape = (len(documents), PHASES, topology.layers, horizons)
+    tally = Tally(documents, {}, torch.zeros(shape, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
+    if not only_recall:
+        tally.bins = torch.zeros(len(documents), horizons, CALIBRATION_BINS, 3, dtype=torch.float64)
     first = 0
-    for window in windows.batches(size):
-        targets = targets_of(window.to(device), predictor.horizons)
-        logits = predictor(window.to(device))
-        known = targets.known_BTSH
-        assert window.phase_BT is not None
+    for window in windows.batches(max(1, batch_tokens // (windows.length + windows.context))):
+        window = window.to(device)
+        targets = targets_of(window, predictor.horizons)
+        logits = predictor(window)
         document = group_of_window[first : first + len(window.document_B)]
         first += len(window.document_B)
-        group = (document[:, None] * PHASES + window.phase_BT).flatten()
-        for name, values in event_metrics(logits, targets, windows.topology.top_k, scale).items():
-            sums = flat.setdefault(name, torch.zeros(groups, layers, horizons, dtype=torch.float64))
-            sums.index_add_(0, group, torch.where(known, values, 0.0).flatten(0, 1).double().cpu())
-        events.index_add_(0, group, known.flatten(0, 1).double().cpu())
-        reliability = calibration_sums(logits * scale, targets, windows.topology.top_k)
-        reliability = reliability.view(*known.shape, CALIBRATION_BINS, 3).sum((1, 2))
-        bins.index_add_(0, document, reliability.double().cpu())
-    shape = (len(documents), PHASES, layers, horizons)
-    return Tally(documents, {name: sums.view(shape) for name, sums in flat.items()}, events.view(shape), bins)
+        assert window.phase_BT is not None
+        group = (document[:, None] * PHASES + window.phase_BT.cpu()).flatten()
+        if only_recall:
+            values = {"recall@K": recall_at_k(logits, targets, topology.top_k)}
+        else:
+            probability = inclusion_probabilities(logits * scale, topology.top_k)
+            values = event_metrics(logits, probability, targets, topology.top_k)
+            tally.bins.index_add_(0, document, calibration_sums(probability, targets).cpu())
+        known = targets.known_BTSH
+        for name, value in values.items():
+            sums = tally.sums.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+            sums.flatten(0, 1).index_add_(0, group, torch.where(known, value, 0.0).flatten(0, 1).double().cpu())
+        tally.events.flatten(0, 1).index_add_(0, group, known.flatten(0, 1).double().cpu())
+    return tally
 
 
 def resampled(units: int, draws: int = BOOTSTRAP_DRAWS, *, salt: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specmoe.dataset import Targets
 
-__all__ = ["CALIBRATION_BINS", "budgets_of", "calibration_sums", "event_metrics", "inclusion_probabilities", "ranks"]
+__all__ = ["CALIBRATION_BINS", "budgets_of", "calibration_sums", "event_metrics", "inclusion_probabilities", "ranks", "recall_at_k"]
 
 CALIBRATION_BINS = 15
 _TOP = (1, 3, 5, 10)
@@ -43,12 +43,18 @@ def ranks(logits: Tensor, expert_ids: Tensor) -> Tensor:
     return torch.where(expert_ids >= 0, rank, experts)
 
 
-def event_metrics(logits: Tensor, targets: Targets, top_k: int, scale: float = 1.0) -> dict[str, Tensor]:
+def recall_at_k(logits: Tensor, targets: Targets, top_k: int) -> Tensor:
+    """``recall@K`` of :func:`event_metrics` alone."""
+    ids = targets.expert_ids_BTSHK
+    return (ranks(logits, ids) < top_k).sum(-1) / (ids >= 0).sum(-1).clamp_min(1)
+
+
+def event_metrics(logits: Tensor, probability: Tensor, targets: Targets, top_k: int) -> dict[str, Tensor]:
     """All per-event numbers.
 
     Args:
         logits: [..., E]; ``targets``: of the same leading shape. top_k: K.
-        scale: factor on the logits for the inclusion probabilities.
+        probability: [..., E], :func:`inclusion_probabilities`.
 
     Returns:
         Name → [...] float32. ``recall@b``: share of the needed experts among the first b; ``coverage@b``:
@@ -78,17 +84,15 @@ def event_metrics(logits: Tensor, targets: Targets, top_k: int, scale: float = 1
     for n in _TOP:
         values[f"top{n}"] = (heaviest < n).float()
     values["kl"] = torch.special.xlogy(router, router).sum(-1) - (router * logits.log_softmax(-1)).sum(-1)
-    probability = inclusion_probabilities(logits * scale, top_k)
     values["brier"] = (probability - targets.routed_BTSHE).square().mean(-1)
     return values
 
 
-def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 12) -> Tensor:
+def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 5) -> Tensor:
     """Probability that each expert is among the K: sigmoid(logit - τ) with τ such that they sum to K.
 
     This is the distribution of largest entropy with the given log-odds and a mean set size of K
-    (Poisson sampling; Hájek, 1964). τ is found by Newton's method on the log of the sum, which is
-    monotone.
+    (Poisson sampling; Hájek, 1964). τ is found by Newton's method, kept inside a bracket by bisection.
 
     Args:
         logits: [..., E]. top_k: K.
@@ -96,35 +100,42 @@ def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 12) ->
     Returns:
         [..., E] in [0, 1].
     """
-    if top_k >= logits.shape[-1]:
+    experts = logits.shape[-1]
+    if top_k >= experts:
         return torch.ones_like(logits)
     logits = logits.float().clamp(-1e4, 1e4)
-    # Bracket: at the highest logit minus logit(K/E) the sum is at most K, at the K-th highest at least K/2.
-    low = logits.amin(-1, keepdim=True) - 20.0
-    high = logits.amax(-1, keepdim=True) + 20.0
-    tau = logits.topk(top_k + 1, -1).values[..., -2:].mean(-1, keepdim=True)
+    # τ lies between these: the first of each pair holds whatever the logits are, the second is tighter where
+    # few experts stand out (K - 1 of them count at most 1 each, the others no more than the K-th; and so on).
+    border = logits.topk(top_k + 1, -1).values[..., -2:]
+    odds = math.log((experts - top_k) / top_k)
+    low = torch.maximum(logits.amin(-1, keepdim=True) + odds, border[..., 1:] - math.log(top_k))
+    high = torch.minimum(logits.amax(-1, keepdim=True) + odds, border[..., :1] + math.log(experts - top_k))
+    tau = (low + high) / 2
     for _ in range(iterations):
         probability = torch.sigmoid(logits - tau)
-        excess = probability.sum(-1, keepdim=True) - top_k
-        low = torch.where(excess > 0, tau, low)
-        high = torch.where(excess > 0, high, tau)
-        slope = (probability * (1 - probability)).sum(-1, keepdim=True)
-        newton = tau + excess / slope.clamp_min(1e-6)
-        tau = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        total = probability.sum(-1, keepdim=True)
+        slope = total - probability.square().sum(-1, keepdim=True)
+        low = torch.where(total > top_k, tau, low)
+        high = torch.where(total > top_k, high, tau)
+        newton = tau + (total - top_k) / slope.clamp_min(1e-6)
+        tau = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
     return torch.sigmoid(logits - tau)
 
 
-def calibration_sums(logits: Tensor, targets: Targets, top_k: int) -> Tensor:
-    """Sums for a reliability curve: [N, bins, 3] of (predicted, observed, count) over the experts of an event.
+def calibration_sums(probability_BTSHE: Tensor, targets: Targets) -> Tensor:
+    """Sums for a reliability curve: [B, H, bins, 3] of (predicted, observed, count) over events and experts.
 
     Args:
-        logits: [..., E]; the leading dimensions are flattened to N. Unknown targets count nothing.
+        probability_BTSHE: :func:`inclusion_probabilities`. Unknown targets count nothing.
     """
-    probability = inclusion_probabilities(logits, top_k).flatten(0, -2)
-    observed = targets.routed_BTSHE.flatten(0, -2)
-    known = targets.known_BTSH.flatten().float()[:, None].expand_as(probability)
-    index = (probability * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
-    sums = torch.zeros(len(probability), CALIBRATION_BINS, 3, device=logits.device)
-    for column, values in enumerate((probability * known, observed * known, known)):
-        sums[..., column].scatter_add_(1, index, values)
-    return sums
+    batch, _, _, horizons, _ = probability_BTSHE.shape
+    # Unknown targets are weighted with 0: picking the known ones out by index would cost more than all the rest.
+    known = targets.known_BTSH[..., None].expand_as(probability_BTSHE).float()
+    cell = torch.arange(batch * horizons, device=known.device).view(batch, 1, 1, horizons, 1) * CALIBRATION_BINS
+    index = cell + (probability_BTSHE * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    size = batch * horizons * CALIBRATION_BINS
+    sums = [
+        torch.bincount(index.flatten(), weights.flatten(), minlength=size).double()
+        for weights in (probability_BTSHE * known, targets.routed_BTSHE * known, known)
+    ]
+    return torch.stack(sums, -1).view(batch, horizons, CALIBRATION_BINS, 3)

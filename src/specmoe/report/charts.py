@@ -360,11 +360,11 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     # Room at the right for the value that is written there.
     scale = alt.Scale(domain=[low, high + 0.2 * (high - low)], nice=False, zero=False)
     sort = look.order or alt.EncodingSortField(field="value", op="max", order="descending")
-    names = (
-        names_axis(grid=False, breaking=look.order is None)
-        if look.names
-        else alt.Axis(labels=False, ticks=False, domain=False)
-    )
+    # The page's plots adapt to their width; one with a fixed order is a picture of a fixed size.
+    adapts = look.order is None
+    names = alt.Axis(labels=False, ticks=False, domain=False)
+    if look.names:
+        names = names_axis(grid=False, breaking=adapts)
     y = alt.Y("name:N", sort=sort, title=None, axis=names)
     axis = alt.Axis(
         values=[value for value in range(0, 101, 10) if low <= value <= high],
@@ -385,9 +385,8 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     point = base.mark_point(size=64, filled=True, opacity=1).encode(
         x=across("value"), y=y, tooltip=_tooltip("recall@K, %"), **marks
     )
-    label = base.transform_calculate(said=_LABEL if adapts else "datum.label").mark_text(
-        align="left", dx=9, style="label"
-    )
+    written = base.transform_calculate(said=_LABEL if adapts else "datum.label")
+    label = written.mark_text(align="left", dx=9, style="label")
     label = label.encode(x=across("high"), y=y, text="said:N")
     return alt.layer(stem, interval, point, label).properties(width="container")
 

@@ -113,7 +113,8 @@ class _Page:
         """Add a chart, if there is one."""
         if spec is None:
             return []
-        self.specs[f"chart-{id}"] = spec
+        # Vega labels what it draws with the description.
+        self.specs[f"chart-{id}"] = {**spec, "description": label}
         return [Figure(f"chart-{id}", label, title, note)]
 
     def content(self) -> dict[str, Any]:

@@ -27,6 +27,10 @@ from specmoe.training import EpochReport, TrainingFailed, fit
 __all__ = ["Job", "finished", "job_fingerprint", "load_predictor", "load_tally", "run_job"]
 
 
+# The parts of which every number is kept; of the others recall@K is enough.
+_REPORTED = ("test", "held_out_domain")
+
+
 @dataclass(frozen=True)
 class Job:
     """A predictor of the registry and a seed."""
@@ -102,13 +106,21 @@ def run_job(
         return result
 
     scale = inclusion_scale(predictor, data.validation, device)
-    tallies = {part: evaluate(predictor, windows, device, scale=scale) for part, windows in data.evaluated.items()}
+    tallies = {
+        part: evaluate(predictor, windows, device, scale=scale, only_recall=part not in _REPORTED)
+        for part, windows in data.evaluated.items()
+    }
     recall = {
         part: {horizon: round(value, 6) for horizon, value in zip(data.horizons, tally.recall(), strict=True)}
         for part, tally in tallies.items()
     }
     save_predictor(predictor, folder / "model.safetensors", scale)
-    kept = {f"{part} {name}": t for part in ("test", "held_out_domain") if part in tallies for name, t in tallies[part].tensors().items()}
+    kept = {
+        f"{part} {name}": tensor
+        for part in _REPORTED
+        if part in tallies
+        for name, tensor in tallies[part].tensors().items()
+    }
     kept["journey"] = foreseen(predictor, data, device)
     with atomic_path(folder / "tally.safetensors") as temporary:
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, str(temporary))

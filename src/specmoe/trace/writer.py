@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from safetensors.torch import save_file
@@ -32,6 +32,15 @@ from specmoe.trace.manifest import (
 from specmoe.trace.record import REQUIRED_FIELDS, RoutingRecord
 
 __all__ = ["TraceWriter", "checksum", "keeps_hidden"]
+
+
+class _Pending(NamedTuple):
+    """A document that waits for its shard, and how much there is up to its end."""
+
+    entry: DocumentRecord
+    rows: int
+    hidden_rows: int
+    bytes: int
 
 
 class TraceWriter:
@@ -55,9 +64,9 @@ class TraceWriter:
     def __init__(self, directory: Path, manifest: Manifest, *, shard_bytes: int = 64 << 20) -> None:
         self.directory = directory
         self._shard_bytes = shard_bytes
-        self._pending: list[tuple[DocumentRecord, RoutingRecord]] = []
-        self._pending_bytes = 0
-        self._hidden_dtype: torch.dtype | None = None
+        self._pending: list[_Pending] = []
+        # One tensor per field, used again for every shard: fresh memory costs more than the copy into it.
+        self._buffers: dict[str, Tensor] = {}
         self._unlock = weakref.finalize(self, os.close, _lock(directory))
         self.written: set[str] = set()
         try:
@@ -125,50 +134,68 @@ class TraceWriter:
                 f"lacks {', '.join(sorted(missing))}" if missing else f"has an unexpected {', '.join(sorted(extra))}"
             )
             raise SpecmoeError(f"document {doc_id!r} {wrong}")
-        if record.hidden is not None:
+        last = self._pending[-1] if self._pending else None
+        start, hidden_start, size = (last.rows, last.hidden_rows, last.bytes) if last else (0, 0, 0)
+        if record.hidden is not None and hidden_start and self._buffers["hidden"].dtype != record.hidden.dtype:
             # A shard holds one tensor per field, and joining two dtypes would change the numbers of one.
-            if self._hidden_dtype not in {None, record.hidden.dtype}:
-                raise SpecmoeError(f"document {doc_id!r}: hidden is {record.hidden.dtype}, others {self._hidden_dtype}")
-            self._hidden_dtype = record.hidden.dtype
-        checksums = {name: checksum(tensor) for name, tensor in record.tensors()}
+            others = self._buffers["hidden"].dtype
+            raise SpecmoeError(f"document {doc_id!r}: hidden is {record.hidden.dtype}, others {others}")
+        checksums: dict[str, int] = {}
+        for name, tensor in record.tensors():
+            checksums[name] = checksum(tensor)
+            self._put(name, hidden_start if name == "hidden" else start, tensor)
+            size += tensor.nbytes
         entry = DocumentRecord(
-            doc_id=doc_id, domain=domain, text_sha256=text_sha256, start=0, tokens=len(record), crc32=checksums
+            doc_id=doc_id,
+            domain=domain,
+            text_sha256=text_sha256,
+            start=start,
+            tokens=len(record),
+            hidden_start=hidden_start if record.hidden is not None else None,
+            crc32=checksums,
         )
-        self._pending.append((entry, record))
+        # From here on the document counts; an interrupt before leaves rows behind that the next one overwrites.
+        hidden_rows = hidden_start + (len(record) if record.hidden is not None else 0)
+        self._pending.append(_Pending(entry, start + len(record), hidden_rows, size))
         self.written.add(doc_id)
-        self._pending_bytes += sum(tensor.nbytes for _, tensor in record.tensors())
-        if self._pending_bytes >= self._shard_bytes:
+        if size >= self._shard_bytes:
             self.flush()
+
+    def _put(self, name: str, start: int, tensor: Tensor) -> None:
+        """Copy a document's rows behind those of the documents before it."""
+        end = start + len(tensor)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != tensor.dtype or len(buffer) < end:
+            larger = tensor.new_empty(max(end, 2 * start), *tensor.shape[1:])
+            if buffer is not None and start:
+                larger[:start] = buffer[:start]
+            self._buffers[name] = buffer = larger
+        buffer[start:end] = tensor
 
     def flush(self) -> None:
         """Write the pending documents as one shard and name it in the manifest."""
         if not self._pending:
             return
-        rows = hidden_rows = 0
-        documents = []
-        for entry, record in self._pending:
-            start = {"start": rows, "hidden_start": hidden_rows if record.hidden is not None else None}
-            documents.append(entry.model_copy(update=start))
-            rows += len(record)
-            hidden_rows += len(record) if record.hidden is not None else 0
-        tensors: dict[str, Tensor] = {}
-        for name in self.manifest.fields:
-            parts = [getattr(record, name) for _, record in self._pending if getattr(record, name) is not None]
-            if parts:
-                tensors[name] = torch.cat(parts).contiguous()
+        last, documents = self._pending[-1], [pending.entry for pending in self._pending]
+        kept = {name for document in documents for name in document.crc32}
+        tensors = {
+            name: self._buffers[name][: last.hidden_rows if name == "hidden" else last.rows]
+            for name in self.manifest.fields
+            if name in kept
+        }
         path = self.directory / f"shard-{len(self.manifest.shards):05d}.safetensors"
         with atomic_path(path) as temporary:
             save_file(tensors, str(temporary), metadata={"documents": encode_documents(documents)})
             shard = ShardRecord(
                 file=path.name,
-                tokens=rows,
+                tokens=last.rows,
                 documents=len(documents),
                 bytes=temporary.stat().st_size,
                 sha256=sha256_file(temporary),
                 header_sha256=header_sha256(temporary),
             )
         # Forgotten before they are named: an interrupt in between may lose them, but not write them twice.
-        self._pending, self._pending_bytes, self._hidden_dtype = [], 0, None
+        self._pending = []
         self._update(shards=(*self.manifest.shards, shard))
 
     def keep_routers(self, weight_LED: Tensor, bias_LE: Tensor | None = None) -> None:
