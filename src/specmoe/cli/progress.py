@@ -27,7 +27,7 @@ class ProgressLine:
     """
 
     def __init__(self, title: str) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,7 +61,7 @@ class TrainingView:
     """What runs, how well each learns, and how long it will take."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, soft_wrap=True)
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),

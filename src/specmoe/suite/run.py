@@ -82,7 +82,8 @@ def run_jobs(
     for job, result in runner(waiting, trace, data, out, workers, device, on_event):
         results[job] = result
         on_event(JobEvent(job, result=result))
-    return results
+    # In the order asked for, not in which they happened to finish.
+    return {job: results[job] for job in jobs}
 
 
 _Runner = Iterator[tuple[Job, SeedResult]]
