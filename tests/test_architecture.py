@@ -74,7 +74,9 @@ def test_sources_and_dataset_know_no_predictor_and_training_no_single_one() -> N
         if place_of(path) in {"sources", "dataset", "trace", "metrics"}:
             assert names == set(), path
         if place_of(path) in {"training", "evaluation", "latency"}:
-            assert all(name.startswith("specmoe.predictors.base") or name == "specmoe.predictors" for name in names), path
+            assert all(name.startswith("specmoe.predictors.base") or name == "specmoe.predictors" for name in names), (
+                path
+            )
 
 
 def test_forbidden_imports() -> None:
@@ -86,5 +88,7 @@ def test_forbidden_imports() -> None:
 
 
 def test_files_stay_readable() -> None:
-    long = {str(path.relative_to(ROOT)): count for path in modules() if (count := len(path.read_text().splitlines())) > 450}
+    long = {
+        str(path.relative_to(ROOT)): count for path in modules() if (count := len(path.read_text().splitlines())) > 450
+    }
     assert long == {}

@@ -52,7 +52,9 @@ def test_train_prints_json(trained: Path, synthetic_path: Path, capsys: pytest.C
     assert printed.predictors[0].seeds == Results.load(trained / "results.json").predictors[0].seeds
 
 
-def test_report_is_made_again_from_the_results(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_made_again_from_the_results(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page, figure = tmp_path / "page.html", tmp_path / "ranking.png"
     code = run_verb(["report", str(trained / "results.json"), "--html", str(page), "--figure", str(figure)])
     assert code == 0
@@ -100,9 +102,7 @@ def test_a_gpu_that_is_not_there(synthetic_path: Path, tmp_path: Path, capsys: p
 
     device = "cuda:99" if torch.cuda.is_available() else "cuda"
     if not torch.cuda.is_available():
-        assert "no GPU" in errors_of(
-            capsys, "train", str(synthetic_path), "--out", str(tmp_path), "--device", device
-        )
+        assert "no GPU" in errors_of(capsys, "train", str(synthetic_path), "--out", str(tmp_path), "--device", device)
     assert "--device" in errors_of(capsys, "train", str(synthetic_path), "--out", str(tmp_path), "--device", "tpu")
 
 
@@ -140,9 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_traces(
-    damage: str, synthetic_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_traces(damage: str, synthetic_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace"
     shutil.copytree(synthetic_path, trace)
     harm, words = DAMAGE[damage]
@@ -216,7 +214,9 @@ def test_report_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_collect_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not exist" in errors_of(capsys, "collect", "--out", str(tmp_path / "t"), "--text", str(tmp_path / "no"))
+    assert "does not exist" in errors_of(
+        capsys, "collect", "--out", str(tmp_path / "t"), "--text", str(tmp_path / "no")
+    )
     (tmp_path / "model").mkdir()
     errors_of(capsys, "collect", "--out", str(tmp_path / "t"), "--model", str(tmp_path / "model"))
     message = errors_of(capsys, "collect", "--out", str(tmp_path / "t"), "--keep-hidden", "some")

@@ -33,7 +33,9 @@ SIZES = {
 }
 
 
-def make_window(seed: int, *, tokens: int = 40, batch: int = 2, hidden: bool = True, topology: Topology = SMALL) -> Window:
+def make_window(
+    seed: int, *, tokens: int = 40, batch: int = 2, hidden: bool = True, topology: Topology = SMALL
+) -> Window:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, tokens, topology.layers)
     logits = 2 * torch.randn(*shape, topology.experts, generator=generator)
@@ -229,5 +231,3 @@ def test_the_catalogue_lists_the_registry() -> None:
         assert entry.reference_parameters == parameter_count(PREDICTORS[name](REFERENCE))
     categories = [entries[name].category for name in SIZES]
     assert sorted(set(categories)) == ["attention-based", "edge", "ensemble", "multi-scale"]
-
-

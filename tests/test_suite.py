@@ -101,9 +101,7 @@ def test_done_jobs_are_kept_and_others_added(finished: tuple[Results, Path], syn
     results, out = finished
     events: list[JobEvent] = []
     names = [*NAMES, "TokenTable"]
-    again = train_suite(
-        synthetic_path, out, names, seeds=(0, 1), horizons=HORIZONS, workers=1, on_event=events.append
-    )
+    again = train_suite(synthetic_path, out, names, seeds=(0, 1), horizons=HORIZONS, workers=1, on_event=events.append)
     assert [event.job.predictor for event in events if event.result and not event.reused] == ["TokenTable"]
     assert recalls(again).items() >= recalls(results).items()
 
@@ -116,9 +114,7 @@ def test_workers_give_the_same_as_one_process(
     assert recalls(side_by_side) == {name: recalls(results)[name] for name in NAMES[:3]}
 
 
-def test_a_diverging_run_fails_by_itself(
-    synthetic_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverging_run_fails_by_itself(synthetic_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = PREDICTORS["TinySpeculationModel"]
 
     class Exploding(tiny):

@@ -159,7 +159,9 @@ class Ratios:
     events_GH: Tensor
 
     @classmethod
-    def of(cls, tallies: Sequence[Tally], metric: str, documents: Tensor | None = None, phase: int | None = None) -> Ratios:
+    def of(
+        cls, tallies: Sequence[Tally], metric: str, documents: Tensor | None = None, phase: int | None = None
+    ) -> Ratios:
         """Collect one metric, over all documents or those where ``documents`` [G] is True."""
         sums = torch.stack([tally.sums[metric] for tally in tallies])
         events = tallies[0].events

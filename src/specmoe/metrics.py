@@ -13,7 +13,15 @@ from torch import Tensor
 
 from specmoe.dataset import Targets
 
-__all__ = ["CALIBRATION_BINS", "budgets_of", "calibration_sums", "event_metrics", "inclusion_probabilities", "ranks", "recall_at_k"]
+__all__ = [
+    "CALIBRATION_BINS",
+    "budgets_of",
+    "calibration_sums",
+    "event_metrics",
+    "inclusion_probabilities",
+    "ranks",
+    "recall_at_k",
+]
 
 CALIBRATION_BINS = 15
 _TOP = (1, 3, 5, 10)

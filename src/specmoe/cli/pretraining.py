@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def pretrain(
     out: Out,
-    shape: Annotated[str, typer.Option(help="olmoe (8 layers × 16, top-2), olmoe-32x4 (top-4 of 32) or switch (top-1).")] = "olmoe",
+    shape: Annotated[
+        str, typer.Option(help="olmoe (8 layers × 16, top-2), olmoe-32x4 (top-4 of 32) or switch (top-1).")
+    ] = "olmoe",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; about one a second on one core.")] = 4400,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
     context: Annotated[int, typer.Option(min=16, help="Tokens a sequence.")] = 512,

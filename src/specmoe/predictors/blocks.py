@@ -115,7 +115,9 @@ def layerwise(inputs_BTSC: Tensor, weight_SCX: Tensor, bias_SX: Tensor | None = 
     """A linear map with other weights for each layer: [B, T, S, C] → [B, T, S, X]."""
     batch, tokens, layers, width = inputs_BTSC.shape
     by_layer = inputs_BTSC.permute(2, 0, 1, 3).reshape(layers, batch * tokens, width)
-    outputs = torch.bmm(by_layer, weight_SCX) if bias_SX is None else torch.baddbmm(bias_SX[:, None], by_layer, weight_SCX)
+    outputs = (
+        torch.bmm(by_layer, weight_SCX) if bias_SX is None else torch.baddbmm(bias_SX[:, None], by_layer, weight_SCX)
+    )
     return outputs.view(layers, batch, tokens, -1).permute(1, 2, 0, 3)
 
 

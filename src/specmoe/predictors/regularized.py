@@ -37,7 +37,9 @@ class RegularizedSpeculationModel(NeuralPredictor):
         self.hidden = HiddenInput(topology, width)
         self.routes = RouteInput(topology, width, depth=4)
         self.layer = nn.Embedding(topology.layers, width)
-        self.blocks = nn.Sequential(ResidualBlock(width, width // 2, dropout), ResidualBlock(width, width // 2, dropout))
+        self.blocks = nn.Sequential(
+            ResidualBlock(width, width // 2, dropout), ResidualBlock(width, width // 2, dropout)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = LayerHead(topology, horizons, width)
         self.skip = LinearSkip(topology, horizons)

@@ -1,4 +1,4 @@
-"""The charts that compare predictors: ranking, difference from ridge, cost, trained against untrained.
+"""The charts that compare predictors: ranking, difference from ridge, trained against untrained.
 
 Each function returns a Vega-Lite chart made by altair, or None where there is nothing to draw. Recalls are
 drawn in %. A chart whose data have a row per horizon shows those of the parameter ``horizon``, which the page
@@ -16,10 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import altair as alt
 
 from specmoe.files import atomic_path
-from specmoe.report.labels import LABEL_PLACES, label_places
-from specmoe.report.pareto import pareto_front
 from specmoe.report.select import CATEGORIES, RECALL, excludes_zero, far_horizon, finished, groups
-from specmoe.report.text import margin, microseconds, percent, points
+from specmoe.report.text import margin, percent, points
 from specmoe.report.theme import CATEGORY_SHAPES, LIGHT, vega_config
 from specmoe.results import Interval, PredictorResult, Results
 
@@ -29,14 +27,15 @@ __all__ = [
     "category_encoding",
     "finish",
     "horizon_scale",
-    "latency_front",
+    "interval_rows",
     "over_ridge",
-    "parameter_front",
     "ranking",
     "ranking_figure",
     "recall_domain",
+    "shown_base",
     "structure",
     "table",
+    "tooltips",
     "untrained",
 ]
 
@@ -45,8 +44,6 @@ Spec: TypeAlias = dict[str, Any]
 # altair's ``properties`` may return either.
 Layered: TypeAlias = alt.LayerChart | alt.FacetChart
 AnyChart: TypeAlias = Layered | alt.Chart | alt.VConcatChart | alt.HConcatChart
-# Plots, in pixels, for which names of points are placed.
-_WIDE, _NARROW = 360, 250
 # In a narrower plot only the value is written beside a point, not its interval.
 _LABEL = "width < 330 ? datum.short : datum.label"
 _VERDICTS = ("ahead", "open", "behind")
@@ -117,7 +114,7 @@ def recall_domain(intervals: Iterable[Interval], step: float = 10) -> tuple[floa
 def ranking(results: Results, part: Sequence[PredictorResult], *, last: bool = True) -> Spec | None:
     """recall@K with intervals of one group of predictors, best on top. last: carries the axis."""
     domain = recall_domain(i for r in finished(results) for i in r.scores[RECALL].values())
-    rows = [row for r in part for row in _rows(r, r.scores[RECALL])]
+    rows = [row for r in part for row in interval_rows(r, r.scores[RECALL])]
     if not rows:
         return None
     return finish(_ranking_structure(domain, last), {"rows": rows}, results.protocol.horizons[0], 24 * len(part))
@@ -133,14 +130,14 @@ def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | N
     rows = [
         {**row, "verdict": _verdict(i), "label": points(i), "short": margin(i)}
         for r in learned
-        for row in _rows(r, r.over_ridge)
+        for row in interval_rows(r, r.over_ridge)
         for i in (r.over_ridge[row["h"]],)
     ]
     if not rows:
         return None
     nothing = {"low": 0.0, "high": 0.0}
     scale = horizon_scale([*rows, *({"h": row["h"], **nothing} for row in rows)], 0.06, 0.34)
-    base = _base()
+    base = shown_base()
     y = _names_axis("value")
     title = "points of recall@K more than ridge"
     axis = alt.Axis(tickCount=8)
@@ -158,40 +155,13 @@ def over_ridge(results: Results, learned: Sequence[PredictorResult]) -> Spec | N
             x=alt.X("low:Q", scale=scale, title=title, axis=axis), x2="high:Q", y=y, color=color
         ),
         base.mark_point(size=70, filled=True, opacity=1).encode(
-            x=x, y=y, color=color, shape=shape.legend(None), tooltip=_tooltip("difference, points")
+            x=x, y=y, color=color, shape=shape.legend(None), tooltip=tooltips("difference, points")
         ),
         base.transform_calculate(said=_LABEL)
         .mark_text(align="left", dx=8, style="label")
         .encode(x=alt.X("high:Q", scale=scale, title=title, axis=axis), y=y, text="said:N"),
     ).properties(width="container", height=26 * len({row["name"] for row in rows}))
     return finish(structure(chart), {"rows": rows, "zero": [{"zero": 0}]}, results.protocol.horizons[0])
-
-
-def parameter_front(results: Results) -> Spec | None:
-    """recall@K of the learned predictors against trained parameters, with the Pareto front."""
-    learned = [r for r in finished(results) if r.learned and r.parameters > 0]
-    rows = _front_rows([(r, float(r.parameters)) for r in learned], results)
-    if not rows:
-        return None
-    baselines: list[Row] = []
-    for h in results.protocol.horizons:
-        free = [r for r in finished(results) if not r.learned and h in r.scores[RECALL]]
-        if free:
-            strongest = max(free, key=lambda r: r.scores[RECALL][h].value)
-            value = 100 * strongest.scores[RECALL][h].value
-            baselines.append({"h": h, "value": value, "label": f"{strongest.name}, nothing trained"})
-    return _front_chart(rows, results, "trained parameters (log scale)", "~s", across=baselines)
-
-
-def latency_front(results: Results) -> Spec | None:
-    """recall@K against the time of one prediction, with the Pareto front and the layer's own compute time."""
-    timed = [(r, r.latency.p50_us) for r in finished(results) if r.latency is not None and r.latency.p50_us > 0]
-    rows = _front_rows(timed, results)
-    if not rows:
-        return None
-    budget = results.trace.layer_us_p50
-    upright = [{"cost": budget, "label": f"a layer computes: {microseconds(budget)}"}] if budget else []
-    return _front_chart(rows, results, "p50 of one prediction, µs (log scale)", "~s", upright=upright)
 
 
 def untrained(results: Results) -> Spec | None:
@@ -217,7 +187,7 @@ def untrained(results: Results) -> Spec | None:
     scale = alt.Scale(domain=[0, 100])
     title = "recall@K, %"
     axis = alt.Axis(values=list(range(0, 101, 20)))
-    base = _base()
+    base = shown_base()
     tooltip = [alt.Tooltip("name:N", title="predictor"), alt.Tooltip("said:N", title="recall@K")]
     models = ["trained model", "untrained control"]
     legend = alt.Legend(title=None, orient="top", symbolStrokeWidth=2)
@@ -264,7 +234,7 @@ def ranking_figure(results: Results, path: Path) -> None:
         charts: list[Layered] = []
         for place, (sees, part) in enumerate(parts):
             name = f"rows_{column}_{place}"
-            datasets[name] = [row for r in part for row in _rows(r, r.scores[RECALL]) if row["h"] == horizon]
+            datasets[name] = [row for r in part for row in interval_rows(r, r.scores[RECALL]) if row["h"] == horizon]
             look = _Look(domain, last=place == len(parts) - 1, order=[r.name for r in part], names=column == 0)
             heading = f"sees {sees}" if column == 0 else " "
             chart = _dots(look, name, horizon).properties(width=330, height=20 * len(part))
@@ -302,7 +272,8 @@ def ranking_figure(results: Results, path: Path) -> None:
             temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
 
 
-def _rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[Row]:
+def interval_rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[Row]:
+    """A row per horizon with value, low and high in % and what is written beside the point."""
     return [
         {
             "h": h,
@@ -318,7 +289,8 @@ def _rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[R
     ]
 
 
-def _base(name: str = "rows", horizon: str | int = "horizon") -> alt.Chart:
+def shown_base(name: str = "rows", horizon: str | int = "horizon") -> alt.Chart:
+    """A chart of the rows of one horizon: that of the page, or a fixed one."""
     return alt.Chart(table(name)).transform_filter(f"datum.h === {horizon}")
 
 
@@ -337,7 +309,8 @@ def names_axis(*, grid: bool, breaking: bool = True) -> alt.Axis:
     return alt.Axis(style="names", grid=grid, labelExpr=short)
 
 
-def _tooltip(measured: str) -> list[alt.Tooltip]:
+def tooltips(measured: str) -> list[alt.Tooltip]:
+    """What a point says when it is pointed at; ``measured`` names the value."""
     return [
         alt.Tooltip("name:N", title="predictor"),
         alt.Tooltip("category:N", title="category"),
@@ -377,13 +350,13 @@ def _dots(look: _Look, name: str = "rows", horizon: str | int = "horizon") -> La
     def across(field: str) -> alt.X:
         return alt.X(f"{field}:Q", scale=scale, title=title, axis=axis)
 
-    base, marks = _base(name, horizon), category_encoding(legend=look.order is not None)
+    base, marks = shown_base(name, horizon), category_encoding(legend=look.order is not None)
     stem = base.transform_calculate(start=f"{low}").mark_rule(style="stem").encode(x=across("start"), x2="low:Q", y=y)
     interval = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
         x=across("low"), x2="high:Q", y=y, color=marks["color"]
     )
     point = base.mark_point(size=64, filled=True, opacity=1).encode(
-        x=across("value"), y=y, tooltip=_tooltip("recall@K, %"), **marks
+        x=across("value"), y=y, tooltip=tooltips("recall@K, %"), **marks
     )
     written = base.transform_calculate(said=_LABEL if adapts else "datum.label")
     label = written.mark_text(align="left", dx=9, style="label")
@@ -395,75 +368,3 @@ def _verdict(difference: Interval) -> str:
     if not excludes_zero(difference):
         return "open"
     return "ahead" if difference.value > 0 else "behind"
-
-
-def _front_rows(costs: Sequence[tuple[PredictorResult, float]], results: Results) -> list[Row]:
-    """Points by horizon, whether they are on the front, and where its names fit; the weak are left out."""
-    rows: list[Row] = []
-    for h in results.protocol.horizons:
-        there = [(r, cost) for r, cost in costs if h in r.scores[RECALL]]
-        enough = 0.5 * max((r.scores[RECALL][h].value for r, _ in there), default=0.0)
-        there = [(r, cost) for r, cost in there if r.scores[RECALL][h].value >= enough]
-        front = set(pareto_front([cost for _, cost in there], [r.scores[RECALL][h].value for r, _ in there]))
-        found = [
-            {**_rows(r, {h: r.scores[RECALL][h]})[0], "cost": cost, "front": index in front}
-            for index, (r, cost) in enumerate(there)
-        ]
-        points_ = [(math.log(row["cost"]), row["value"]) for row in found]
-        names = [row["name"] if row["front"] else "" for row in found]
-        places = zip(label_places(points_, names, _WIDE), label_places(points_, names, _NARROW), strict=True)
-        rows += [{**row, "wide": wide, "narrow": narrow} for row, (wide, narrow) in zip(found, places, strict=True)]
-    return rows
-
-
-def _front_chart(
-    rows: list[Row],
-    results: Results,
-    title: str,
-    number: str,
-    *,
-    across: Sequence[Row] = (),
-    upright: Sequence[Row] = (),
-) -> Spec:
-    """Recall against a cost. across: horizontal reference lines by horizon. upright: vertical ones."""
-    base = _base()
-    costs = [row["cost"] for row in (*rows, *upright)]
-    scale = alt.Scale(type="log", domain=[min(costs) / 1.6, max(costs) * 1.6], nice=False)
-    x = alt.X("cost:Q", scale=scale, title=title, axis=alt.Axis(format=number, grid=False, tickCount=5))
-    levels = horizon_scale([*rows, *({**row, "low": row["value"], "high": row["value"]} for row in across)], 0.07, 0.07)
-    y = alt.Y("value:Q", scale=levels, title="recall@K, %", axis=alt.Axis(tickCount=6))
-    tooltip = [*_tooltip("recall@K, %"), alt.Tooltip("cost:Q", title=title, format=",")]
-    layers: list[alt.Chart] = [
-        base.transform_filter("datum.front").mark_line(style="quiet", interpolate="step-after").encode(x=x, y=y),
-        base.mark_rule(strokeWidth=2, opacity=0.5).encode(
-            x=x, y=alt.Y("low:Q", title="recall@K, %", scale=levels), y2="high:Q", color=category_encoding()["color"]
-        ),
-        base.mark_point(size=80, filled=True, opacity=1).encode(x=x, y=y, tooltip=tooltip, **category_encoding()),
-    ]
-    for place, mark in LABEL_PLACES.items():
-        named = base.transform_filter(f"(width < {_WIDE} ? datum.narrow : datum.wide) === '{place}'")
-        layers.append(named.mark_text(style="label", **mark).encode(x=x, y=y, text="name:N"))
-    if across:
-        line = _base("across")
-        layers.append(line.mark_rule(style="reference").encode(y=y))
-        layers.append(
-            line.mark_text(align="left", dx=4, dy=-8, style="reference-text").encode(
-                y=y, x=alt.value(0), text="label:N"
-            )
-        )
-    if upright:
-        line = alt.Chart(table("upright"))
-        layers.append(line.mark_rule(style="reference").encode(x=x))
-        layers.append(
-            line.mark_text(**_beside(upright[0]["cost"], costs), baseline="bottom", style="reference-text").encode(
-                x=x, y=alt.value("height"), text="label:N"
-            )
-        )
-    chart = alt.layer(*layers).properties(width="container", height=340)
-    return finish(structure(chart), {"rows": rows, "across": across, "upright": upright}, results.protocol.horizons[0])
-
-
-def _beside(cost: float, costs: Sequence[float]) -> dict[str, Any]:
-    """On which side of an upright line there is room for its label."""
-    right = math.log(cost) < (math.log(min(costs)) + math.log(max(costs))) / 2
-    return {"align": "left", "dx": 5} if right else {"align": "right", "dx": -5}

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from specmoe.files import write_text
-from specmoe.report import charts, detail_charts
+from specmoe.report import charts, cost_charts, detail_charts
 from specmoe.report.journey import journey_data
 from specmoe.report.questions import answers, headline
 from specmoe.report.select import (
@@ -166,14 +166,14 @@ class _Page:
             "fronts": [
                 *self.figure(
                     "front-parameters",
-                    charts.parameter_front(results),
+                    cost_charts.parameter_front(results),
                     f"Recall against trained parameters: {self._said(learned)}",
                     "Recall against parameters",
                     "Top left is best. The dashed line is the strongest predictor that trains nothing.",
                 ),
                 *self.figure(
                     "front-latency",
-                    charts.latency_front(results),
+                    cost_charts.latency_front(results),
                     f"Recall against latency: {self._said(shown)}",
                     "Recall against latency",
                     "Top left is best. Left of the dashed line a prediction takes less time than a layer computes. "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from specmoe.report import deployment
+from specmoe.report import deployment, generalisation
 from specmoe.report.answer import Answer
 from specmoe.report.pareto import pareto_front
 from specmoe.report.select import (
@@ -39,7 +39,7 @@ def answers(results: Results) -> tuple[Answer, ...]:
         best_approach(results),
         efficiency(results),
         stability(results),
-        generalisation(results),
+        generalisation.generalisation(results),
         deployment.deployment(results),
     )
 
@@ -240,54 +240,6 @@ def stability(results: Results) -> Answer:
     return Answer(question, tuple(sentences), columns, table)
 
 
-def generalisation(results: Results) -> Answer:
-    """Question 4: from training to unseen documents, and to a domain that was kept out."""
-    question = "Does it generalise to unseen text?"
-    horizon = results.protocol.horizons[0]
-    learned = [r for r in finished(results) if r.learned and _part(r, "train", horizon) is not None]
-    sentences: list[str] = []
-    gaps = [(r, g) for r in learned if (g := _gap(r, "train", "test", horizon)) is not None]
-    if gaps:
-        widest, narrowest = max(gaps, key=lambda pair: pair[1]), min(gaps, key=lambda pair: pair[1])
-        sentences.append(
-            f"Recall@K at h={horizon} on the training part minus that on the test part: "
-            f"{100 * narrowest[1]:+.1f} points ({narrowest[0].name}) to {100 * widest[1]:+.1f} ({widest[0].name})."
-            if len(gaps) > 1
-            else f"{widest[0].name} loses {100 * widest[1]:.1f} points of recall@K at h={horizon} from the training "
-            "to the test part."
-        )
-        sentences.append("These gaps are means over seeds, without an interval.")
-    else:
-        sentences.append("Recall on the training part was not measured, so the gap to the test part is unknown.")
-    domain = results.split.held_out_domain
-    away = [r for r in finished(results) if horizon in r.held_out_domain]
-    winner = best(away, horizon, learned=True)
-    if domain is None or not away:
-        sentences.append("No domain was held out, so nothing is known of text unlike the training text.")
-    else:
-        for result in [r for r in (winner, ridge(results)) if r is not None and r in away]:
-            here, there = _recall(result, horizon), result.held_out_domain[horizon]
-            sentences.append(
-                f"On {domain}, which no training document comes from, {result.name} reaches {percent_range(there)} "
-                f"against {percent_range(here)} on the test part; {_apart(here, there)}."
-            )
-        sentences.append("One held-out domain is one sample: it may simply be an easier or a harder text.")
-    shown = [r for r in finished(results) if r in away or r in learned]
-    columns = ("predictor", "train, %", "validation, %", "test, %", "train − test, points", "held-out domain, %")
-    rows = tuple(
-        (
-            r.name,
-            _share(_part(r, "train", horizon)),
-            _share(_part(r, "validation", horizon)),
-            percent(recall(r, horizon)),
-            NOT_MEASURED if (gap := _gap(r, "train", "test", horizon)) is None else f"{100 * gap:+.1f}",
-            percent(r.held_out_domain.get(horizon)),
-        )
-        for r in shown
-    )
-    return Answer(question, tuple(sentences), columns, rows)
-
-
 def versus(results: Results, better: PredictorResult, other: PredictorResult, horizon: int) -> str:
     """``A is 1.2 points (0.8 to 1.6) ahead of B``, or that the difference is open."""
     column = results.protocol.horizons.index(horizon)
@@ -375,28 +327,3 @@ def _recall(result: PredictorResult, horizon: int) -> Interval:
 
 def _has_test(parts: dict[str, dict[int, float]], horizon: int, status: str) -> bool:
     return status == "ok" and horizon in parts.get("test", {})
-
-
-def _part(result: PredictorResult, part: str, horizon: int) -> float | None:
-    """Mean over seeds of recall@K on one part."""
-    values = [seed.recall[part][horizon] for seed in result.seeds if horizon in seed.recall.get(part, {})]
-    return sum(values) / len(values) if values else None
-
-
-def _gap(result: PredictorResult, first: str, second: str, horizon: int) -> float | None:
-    left, right = _part(result, first, horizon), _part(result, second, horizon)
-    return None if left is None or right is None else left - right
-
-
-def _share(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{100 * value:.1f}"
-
-
-def _apart(here: Interval, there: Interval) -> str:
-    if not (has_width(here) and has_width(there)):
-        return "without intervals, whether they differ is open"
-    if there.high < here.low:
-        return "the intervals do not overlap: it foresees less there"
-    if there.low > here.high:
-        return "the intervals do not overlap: it foresees more there"
-    return "the intervals overlap, so a difference is not shown"

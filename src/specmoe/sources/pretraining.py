@@ -339,7 +339,10 @@ def bits_per_character(
     loads: dict[int, Tensor] = {}
     with recorded_router_logits(model, family) as router_logits:
         for document in documents:
-            ids = [tokenizer.bos_token_id, *tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]]
+            ids = [
+                tokenizer.bos_token_id,
+                *tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"],
+            ]
             for start in range(0, min(len(ids), _SCORED_TOKENS) - 8, context):
                 batch = torch.tensor([ids[start : start + context + 1]], device=device)
                 scored = batch[0, batch.shape[1] // 2 + 1 :] if family.is_encoder_decoder else batch[0, 1:]

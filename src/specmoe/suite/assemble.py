@@ -246,7 +246,8 @@ def journey_of(
         document=data.trace.documents[index].doc_id,
         tokens=tuple(tokens_of(token_ids)) if tokens_of else tuple("" for _ in token_ids),
         actual=tuple(
-            tuple(tuple(e for e in ids if e >= 0) for ids in token) for token in window.expert_ids_BTLK[0, :shown].tolist()
+            tuple(tuple(e for e in ids if e >= 0) for ids in token)
+            for token in window.expert_ids_BTLK[0, :shown].tolist()
         ),
         predictions=predictions,
     )
@@ -287,7 +288,12 @@ def _commit() -> str:
     root = Path(__file__).resolve().parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, timeout=10, check=False
+            ["git", "describe", "--always", "--dirty"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except OSError:
         return "unknown"

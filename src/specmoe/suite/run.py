@@ -100,7 +100,10 @@ def _in_this_process(
 ) -> _Runner:
     del trace, workers
     for job in jobs:
-        yield job, run_job(job, data, out, device=device, on_epoch=lambda epoch, job=job: on_event(JobEvent(job, epoch)))
+        yield (
+            job,
+            run_job(job, data, out, device=device, on_epoch=lambda epoch, job=job: on_event(JobEvent(job, epoch))),
+        )
 
 
 def _in_workers(
@@ -163,5 +166,3 @@ def _work(job: Job) -> SeedResult:
         _worker["news"].put(JobEvent(job, epoch))
 
     return run_job(job, _worker["data"], _worker["out"], device=_worker["device"], on_epoch=report)
-
-

@@ -99,5 +99,7 @@ def untrained_recall(
         if not data.lacks(PREDICTORS[name]):
             predictor = PREDICTORS[name](data.topology, horizons)
             predictor.prepare(data.knowledge)
-            recalls[name] = by_horizon(Ratios.of([evaluate(predictor, data.evaluated["test"], only_recall=True)], "recall@K"), horizons)
+            recalls[name] = by_horizon(
+                Ratios.of([evaluate(predictor, data.evaluated["test"], only_recall=True)], "recall@K"), horizons
+            )
     return trace_facts(data.trace), recalls
