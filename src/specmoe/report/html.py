@@ -261,7 +261,6 @@ def _ranking_columns(results: Results) -> list[tuple[str, bool]]:
         (f"recall@2K h={horizons[0]}, %", True),
         ("p50", True),
         ("training a seed", True),
-        ("category", False),
     ]
 
 
@@ -285,7 +284,6 @@ def _ranking_cells(results: Results, result: PredictorResult) -> list[Cell]:
         _score_cell(recall(result, horizons[0], "recall@2K"), percent),
         Cell(microseconds(p50), -1.0 if p50 is None else p50),
         Cell(duration(seconds), -1.0 if seconds is None else seconds),
-        Cell(result.category, result.category),
     ]
 
 

@@ -1,0 +1,1 @@
+"""Where traces come from: live models, other people's files, and a process whose optimum is known."""

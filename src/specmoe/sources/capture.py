@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError, unknown_name
+from specmoe.files import write_text
 from specmoe.sources.corpus import Document, text_hash
 from specmoe.sources.families import Family, router_sites
 from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_like
@@ -145,12 +146,20 @@ def collect(
     )
     with TraceWriter(out, manifest, shard_bytes=SHARD_BYTES) as writer:
         writer.keep_routers(*_router_weights(loaded))
+        _keep_tokenizer(loaded, out)
         if writer.manifest.timing is None:
             layer_us = measure_layer_us(loaded.model, loaded.family, loaded.stack)
             writer.set_timing(Timing(layer_us_p50=layer_us, machine=machine_name(device)))
         report = _Report(writer, encoded, loaded, skipped, on_progress)
         write_routes(loaded, batches, writer, Keep(keep_hidden, DTYPES[hidden_dtype], keep_logits), report)
     return out
+
+
+def _keep_tokenizer(loaded: LoadedModel, out: Path) -> None:
+    """Put the tokenizer beside the trace, so that token ids can be shown as text; slow tokenizers have no such file."""
+    backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        write_text(out / "tokenizer.json", backend.to_str())
 
 
 def _untrained(seed: int) -> Callable[..., LoadedModel]:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.files import read_json, write_json, write_text
+from specmoe.files import write_json, write_text
 from specmoe.sources.corpus import Document, standard_library, text_hash
 from specmoe.sources.families import Family, family_of, router_sites
+from specmoe.sources.model_card import model_card
 from specmoe.sources.muon import Muon
 
 __all__ = ["SHAPES", "PretrainConfig", "Progress", "bits_per_character", "pretrain"]
@@ -354,45 +355,3 @@ def bits_per_character(
                     loads[layer] = loads.get(layer, torch.zeros_like(chosen)) + chosen
     model.train()
     return nats / math.log(2) / characters, [(load / load.sum()).tolist() for load in loads.values()]
-
-
-def model_card(facts: dict[str, Any]) -> str:
-    """The README of a bundled model, written from ``pretraining.json``."""
-    config, held_out, text = facts["config"], facts["held_out"], facts["text"]
-    experts = len(held_out["expert_load"][0])
-    entropies = [-sum(p * math.log(p) for p in layer if p) / math.log(experts) for layer in held_out["expert_load"]]
-    dead = sum(p == 0 for layer in held_out["expert_load"] for p in layer)
-    rows = "\n".join(
-        f"| {layer} | {entropy:.3f} | {min(load):.3f} | {max(load):.3f} |"
-        for layer, (entropy, load) in enumerate(zip(entropies, held_out["expert_load"], strict=True))
-    )
-    return f"""---
-license: apache-2.0
----
-# A small Mixture-of-Experts language model for demonstrations of expert speculation
-
-Shape `{config["shape"]}`, {facts["parameters"]:,} parameters, byte-level BPE of {config["vocabulary"]} tokens, made by
-`specmoe pretrain --shape {config["shape"]} --steps {config["steps"]}` on {facts["date"]} ({facts["device"]}, torch {facts["torch"]}).
-It exists so that real routing can be captured without a download. It writes no useful text.
-
-- **Data:** {text["documents"]} source files of the {text["source"]} (SHA-256 of names and texts
-  `{text["sha256"]}`), {facts["tokens"]["distinct"]:,} distinct tokens. A fifth of the modules, chosen by a hash of
-  the file name, was kept out.
-- **Training:** {config["steps"]} steps of {config["batch"]} × {config["context"]} tokens ({facts["tokens"]["seen"]:,} in all), Muon on attention
-  matrices and AdamW on the rest, peak rate {config["learning_rate"]}, load-balancing loss {config["load_balancing"]}, z-loss {config["z_loss"]}, fp32,
-  seed {config["seed"]}; last training loss {facts["loss_curve"][-1]} nats a token.
-- **Held-out:** {held_out["bits_per_character"]} bits a character on {held_out["documents"]} files (the first 4,096 tokens of each, in pieces of
-  {config["context"]}).
-- **Expert load on the held-out files:** {dead} dead experts.
-
-| MoE layer | normalised entropy | least used | most used |
-|---|---|---|---|
-{rows}
-
-- **Licence:** weights Apache-2.0. The text is part of Python (PSF licence) and is not contained here.
-"""
-
-
-def read_facts(directory: Path) -> dict[str, Any]:
-    """The ``pretraining.json`` of a model made by :func:`pretrain`."""
-    return read_json(directory / "pretraining.json")

@@ -85,11 +85,13 @@ class Record:
     fields: dict[str, Any]
 
     def __new__(cls) -> Self:
+        """Make an empty record; unpickling calls no ``__init__``."""
         record = object.__new__(cls)
         record.fields = {}
         return record
 
     def __setstate__(self, state: object) -> None:
+        """Take over what was pickled as the object's attributes."""
         # Classes with __slots__ give a pair: what is in __dict__, what is in the slots.
         for part in state if isinstance(state, tuple) else (state,):
             if part is not None:

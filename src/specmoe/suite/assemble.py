@@ -94,7 +94,7 @@ def assemble(
             bootstrap_draws=BOOTSTRAP_DRAWS,
         ),
         predictors=tuple(with_lift(predictors, by_predictor, jobs, data, out)),
-        controls=tuple([*controls_of(data), *chance_control(predictors, data)]),
+        controls=(*controls_of(data), *chance_control(predictors, data)),
         control_trace=control[0] if control else None,
         untrained=control[1] if control else {},
         journey=journey_of(by_predictor, jobs, data, out, tokens_of),

@@ -23,7 +23,7 @@ def controls_of(data: SuiteData) -> list[Control]:
         controls.append(
             Control(
                 name="h = 0: the true router on its recorded input",
-                expected="100.0 % of the recorded experts (ties within the rounding of the stored inputs count as right)",
+                expected="100.0 % of the recorded experts; ties within the rounding of the stored inputs count",
                 value=round(100 * true_router, 3),
                 holds=round(100 * true_router, 1) == 100.0,
             )

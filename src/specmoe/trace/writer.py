@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
