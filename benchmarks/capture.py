@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model)
     encoded, _ = encode_documents(loaded, standard_library("held-out"), 512, options.tokens, seed=0)
-    batches = batched(encoded, 4096, seed=0)
+    batches = batched(encoded, 2048, seed=0)
     fields = fields_of(["gate_weights", "router_logits", "hidden"])
     manifest = Manifest(topology=loaded.topology, source=Source(kind="capture"), fields=fields)
     keep = Keep("all", torch.float16, logits=True)

@@ -115,8 +115,7 @@ def test_table_holds_every_number(full_page: Page) -> None:
     rows = [[cell.strip() for cell in row] for row in full_page.rows]
     for result in FULL.predictors:
         # The symbol before the name says its category.
-        row = next(row for row in rows if row[0].endswith(result.name) and len(row) == 12)
-        assert row[0].startswith(result.category)
+        row = next(row for row in rows if row[0].split() == [result.category, result.name] and len(row) == 12)
         assert row[3:7] == [percent(result.scores["recall@K"][h]) for h in (1, 2, 3, 4)]
         assert row[7:9] == [margin(result.over_ridge.get(h)) for h in (1, 3)]
         assert row[9] == percent(result.scores["recall@2K"][1])

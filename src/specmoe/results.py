@@ -249,4 +249,4 @@ class Results(_Model):
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""
-        write_json(path, self.model_dump(mode="json"))
+        write_json(path, self.model_dump(mode="json"), indent=None)

@@ -247,7 +247,7 @@ def ranking_figure(results: Results, path: Path) -> None:
     title = alt.Title(
         "Experts foreseen: recall@K, in %",
         subtitle=f"{topology.model_id}: K={topology.top_k} of {topology.experts} experts, {topology.layers} layers; "
-        "test part, 95 % intervals over documents",
+        "test part, 95 % intervals over documents and seeds",
         fontSize=16,
         subtitleFontSize=12,
         anchor="start",

@@ -330,7 +330,7 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("horizons", ", ".join(str(h) for h in protocol.horizons)),
                 ("experts fetched", budgets),
                 ("seeds", ", ".join(str(seed) for seed in protocol.seeds)),
-                ("bootstrap draws", f"{protocol.bootstrap_draws:,}, over documents"),
+                ("bootstrap draws", f"{protocol.bootstrap_draws:,}, over documents and seeds"),
                 ("metric version", str(protocol.metric_version)),
             ],
         ),

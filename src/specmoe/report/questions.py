@@ -91,8 +91,8 @@ def best_approach(results: Results) -> Answer:
     elif ridge(results) is None:
         sentences.append("Ridge was not run, so whether training pays over a closed-form fit is open.")
     sentences.append(
-        "The best was picked on the documents it is judged on, so its figures flatter it a little; the intervals "
-        "are over documents and leave out the chance of the seeds."
+        "The best was picked on the documents it is judged on, so its figures flatter it a little. Intervals of recall "
+        "and over ridge resample documents and seeds, those between two learned predictors documents only."
     )
     columns = ("category", "its best", *(f"recall@K h={h}, %" for h in horizons), f"over ridge h={horizons[0]}")
     rows = tuple(

@@ -87,7 +87,7 @@ def collect(
     hidden_dtype: str = "float16",
     keep_logits: bool = True,
     stack: str | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     untrained: bool = False,
     seed: int = 0,
     dtype: str = "float32",

@@ -70,9 +70,10 @@ class DocumentRecord(_Strict):
 
 
 class ShardRecord(_Strict):
-    """One shard file: its size in rows and bytes, and the SHA-256 of the whole file and of its header.
+    """One shard file: its size in rows and bytes, and the SHA-256 of its header.
 
-    The header is verified whenever the trace is opened, the rest document by document as it is read.
+    The header holds a checksum of every document's every field, so its hash stands for the whole content. It is
+    verified whenever the trace is opened, the documents as they are read.
     """
 
     file: str = Field(pattern=r"^shard-\d{5}\.safetensors$")
@@ -80,7 +81,6 @@ class ShardRecord(_Strict):
     documents: int = Field(ge=0)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    header_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(_Strict):

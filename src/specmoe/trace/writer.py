@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -165,7 +166,9 @@ class TraceWriter:
         end = start + len(tensor)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.dtype != tensor.dtype or len(buffer) < end:
-            larger = tensor.new_empty(max(end, 2 * start), *tensor.shape[1:])
+            # A buffer made under inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                larger = torch.empty(max(end, 2 * start), *tensor.shape[1:], dtype=tensor.dtype)
             if buffer is not None and start:
                 larger[:start] = buffer[:start]
             self._buffers[name] = buffer = larger
@@ -190,8 +193,7 @@ class TraceWriter:
                 tokens=last.rows,
                 documents=len(documents),
                 bytes=temporary.stat().st_size,
-                sha256=sha256_file(temporary),
-                header_sha256=header_sha256(temporary),
+                sha256=header_sha256(temporary),
             )
         # Forgotten before they are named: an interrupt in between may lose them, but not write them twice.
         self._pending = []
