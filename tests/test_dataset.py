@@ -156,9 +156,18 @@ def test_the_hash_follows_names_texts_and_parts() -> None:
     assert split_documents([d.model_copy(update={"start": 5}) for d in of]).hash == split_documents(of).hash
 
 
+def test_where_hidden_states_were_kept_for_a_sample_every_part_is_drawn_from_it() -> None:
+    of = documents(40, "a") + documents(40, "b") + documents(10, "c") + documents(10, "d")
+    sampled = [d.model_copy(update={"hidden_start": 0}) if i % 3 == 0 else d for i, d in enumerate(of)]
+    split = split_documents(sampled)
+    chosen = sorted(index for name in PARTS for index in split.parts[name])
+    assert chosen == list(range(0, 100, 3))
+    assert all(split.parts[name] for name in PARTS)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_documents_are_an_error_for_the_user(count: int) -> None:
-    with pytest.raises(SpecmoeError, match=f"{count} distinct document.*collect more"):
+    with pytest.raises(SpecmoeError, match=rf"{count} distinct document.*collect more"):
         split_documents(documents(count))
     if count:
         copies = [document(f"{i}", text=f"text {i % count}") for i in range(30)]
@@ -418,7 +427,7 @@ def test_sharpen_takes_zeros() -> None:
     assert sharpen(torch.tensor([1.0, 0.0, 0.0]), 1.0).tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
-@pytest.mark.parametrize("mass", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("mass", [0.6, 0.7, 0.9])
 @pytest.mark.parametrize("sharpness", [0.05, 1.0, 8.0])
 def test_the_temperature_gives_the_mass_asked_for(tmp_path: Path, mass: float, sharpness: float) -> None:
     scaled = []
@@ -434,7 +443,7 @@ def test_the_temperature_gives_the_mass_asked_for(tmp_path: Path, mass: float, s
 
 
 def test_the_temperature_keeps_a_target_worth_learning_where_k_is_most_of_the_experts(tmp_path: Path) -> None:
-    # K = 4 of 5 hold at least 0.8 at any temperature: 0.7 cannot be had, and a flat target would teach nothing.
+    # 4 of 5 experts hold at least 0.8 at any temperature: 0.7 cannot be had, and a flat target would teach nothing.
     topology = TOPOLOGY.model_copy(update={"top_k": 4})
     scores = torch.randn(30, 3, 5, generator=torch.Generator().manual_seed(0))
     one = RoutingRecord(

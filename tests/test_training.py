@@ -429,13 +429,13 @@ def observed_steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
 def test_gradients_are_clipped_at_every_step(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = observed_steps(monkeypatch)
-    train(variant(RegularizedSpeculationModel, epochs=2, batch_windows=16, clip=0.05, weight_decay=0.125), parts)
+    train(variant(RegularizedSpeculationModel, epochs=2, batch_windows=16, clip=0.01, weight_decay=0.125), parts)
     steps = 2 * math.ceil(len(parts.train) / 16)
     assert len(seen["rate"]) == len(seen["norm"]) == steps
-    assert set(seen["clip"]) == {0.05}
+    assert set(seen["clip"]) == {0.01}
     assert set(seen["decay"]) == {0.125}
-    assert max(before for before, _ in seen["norm"]) > 0.05
-    assert all(after <= 0.0501 for _, after in seen["norm"])
+    assert max(before for before, _ in seen["norm"]) > 0.01
+    assert all(after <= 0.01001 for _, after in seen["norm"])
 
 
 def test_the_cosine_falls_at_every_step_to_its_end(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +516,7 @@ def test_learned_predictors_that_can_do_without_hidden_states_train_without(part
     able = [name for name in LEARNED if "hidden" not in PREDICTORS[name].recipe.needs]
     assert able
     for name in able:
-        predictor, _ = train(variant(PREDICTORS[name], epochs=3), without)
+        predictor, _ = train(variant(PREDICTORS[name], epochs=6, batch_windows=8), without)
         recall, _ = recall_with_error(predictor, without.test)
+        # One expert in four by chance.
         assert float(recall[0]) > 0.4, name
