@@ -28,7 +28,7 @@ class ContextualGatingPredictor(NeuralPredictor):
         sees="context",
         source="multi-head attention (Vaswani et al., 2017), positions by distance (Shaw et al., 2018)",
         learning_rate=2.5e-3,
-        epochs=6,
+        epochs=5,
         batch_windows=16,
         scheduler="cosine",
     )

@@ -32,7 +32,7 @@ class HierarchicalEnsemble(Predictor):
         needs=frozenset({"hidden"}),
         source="stacked generalisation (Wolpert, 1992) with input-dependent weights (Jacobs et al., 1991)",
         learning_rate=2.5e-3,
-        epochs=5,
+        epochs=4,
         batch_windows=32,
     )
 

@@ -27,7 +27,7 @@ class SmallSpeculationModel(NeuralPredictor):
         needs=frozenset({"hidden"}),
         source="two-layer perceptron on the router input (pre-gating: Hwang et al., 2024)",
         learning_rate=5e-3,
-        epochs=10,
+        epochs=8,
         batch_windows=32,
     )
 

@@ -27,7 +27,7 @@ class TinySpeculationModel(NeuralPredictor):
         needs=frozenset({"hidden"}),
         source="bottleneck classifier on the router input, as in MoE-Infinity's and Fate's smallest predictors",
         learning_rate=6e-3,
-        epochs=10,
+        epochs=8,
         batch_windows=32,
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,23 +189,34 @@ def write_routes(
         SpecmoeError: a router saw NaN or Inf, or the disk is full.
     """
     last_flush = time.monotonic()
-    with recorded_routes(loaded.model, loaded.family, loaded.stack) as recorder:
+
+    def write(records: list[tuple[Encoded, RoutingRecord]]) -> list[tuple[Encoded, RoutingRecord]]:
+        nonlocal last_flush
+        for entry, record in records:
+            digest = hashlib.sha256(entry.document.text.encode()).hexdigest()
+            writer.add(entry.document.doc_id, entry.document.domain, digest, record)
+        if time.monotonic() - last_flush > _FLUSH_SECONDS:
+            writer.flush()
+            last_flush = time.monotonic()
+        return records
+
+    written = set(writer.written)
+    writing: Future[list[tuple[Encoded, RoutingRecord]]] | None = None
+    # A batch is written while the model reads the next one: waiting for the disk would cost most of the overhead.
+    with recorded_routes(loaded.model, loaded.family, loaded.stack) as recorder, ThreadPoolExecutor(1) as thread:
         for batch in batches:
-            lacking = {entry.document.doc_id for entry in batch} - writer.written
-            if not lacking:
+            if all(entry.document.doc_id in written for entry in batch):
                 continue
             with torch.inference_mode():
                 run_model(loaded.model, loaded.family, [entry.ids for entry in batch])
                 (routes,) = recorder.take()
                 records = _records(routes, batch, loaded, keep)
-            records = [(entry, record) for entry, record in records if entry.document.doc_id in lacking]
-            for entry, record in records:
-                digest = hashlib.sha256(entry.document.text.encode()).hexdigest()
-                writer.add(entry.document.doc_id, entry.document.domain, digest, record)
-            if time.monotonic() - last_flush > _FLUSH_SECONDS:
-                writer.flush()
-                last_flush = time.monotonic()
-            report(records)
+            if writing is not None:
+                report(writing.result())
+            lacking = [pair for pair in records if pair[0].document.doc_id not in written]
+            writing = thread.submit(write, lacking)
+        if writing is not None:
+            report(writing.result())
 
 
 class _Report:
