@@ -39,7 +39,7 @@ def main() -> None:
         recipe = predictor.recipe
         predictor.prepare(data.knowledge)
         optimizer = torch.optim.AdamW(predictor.parameters(), lr=recipe.learning_rate, fused=True)
-        temperature = data.train.router_temperature(recipe.soft_mass)
+        temperature = data.train.router_temperature(recipe.sharpness)
         shares, steps = [], []
         for round_number in range(arguments.rounds):
             order = torch.Generator().manual_seed(round_number)

@@ -65,7 +65,7 @@ def plain_run(name: str, seed: int, horizon: int, data: SuiteData) -> float:
     loader: DataLoader[dict[str, Tensor]] = DataLoader(dataset, batch_size=recipe.batch_windows, shuffle=True)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     scheduler = build_scheduler(optimizer, recipe, math.ceil(len(dataset) / recipe.batch_windows))
-    temperature = data.train.router_temperature(recipe.soft_mass)
+    temperature = data.train.router_temperature(recipe.sharpness)
     best, best_state, best_epoch = math.inf, copy.deepcopy(predictor.state_dict()), 0
     for epoch in range(1, recipe.epochs + 1):
         predictor.train()

@@ -437,13 +437,14 @@ def test_the_temperature_gives_the_mass_asked_for(tmp_path: Path, mass: float, s
         scaled.append(dataclasses.replace(one, router_logits=sharpness * one.router_logits))
     # A length that leaves padding: it must not count.
     windows = Windows(write(tmp_path / "trace", scaled), [0, 1], length=32, context=3)
-    temperature = windows.router_temperature(mass)
+    even = TOPOLOGY.top_k / TOPOLOGY.experts
+    temperature = windows.router_temperature((mass - even) / (1 - even))
     top = sharpen(windows.router[windows.valid], temperature).topk(TOPOLOGY.top_k, -1).values.sum(-1)
     assert float(top.mean()) == pytest.approx(mass, abs=0.01)
 
 
 def test_the_temperature_keeps_a_target_worth_learning_where_k_is_most_of_the_experts(tmp_path: Path) -> None:
-    # 4 of 5 experts hold at least 0.8 at any temperature: 0.7 cannot be had, and a flat target would teach nothing.
+    # 4 of 5 experts hold at least 0.8 at any temperature; a flat target would teach nothing.
     topology = TOPOLOGY.model_copy(update={"top_k": 4})
     scores = torch.randn(30, 3, 5, generator=torch.Generator().manual_seed(0))
     one = RoutingRecord(

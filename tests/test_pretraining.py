@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
+import os
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,69 +240,90 @@ def test_an_encoder_decoder_is_asked_for_the_second_half_only() -> None:
 # The whole
 
 
-@pytest.fixture(autouse=True)
-def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handful of the library's files: reading and encoding all of them takes longer than the training here."""
-    monkeypatch.setattr(pretraining, "standard_library", documents_of)
-
-
 @functools.cache
 def documents_of(part: str) -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     return [Document(name, "library", (root / name).read_text(encoding="utf-8")) for name in FILES[part]]
 
 
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of the library's files, as encoding all takes longer than the training here, and no waiting for disks."""
+    monkeypatch.setattr(pretraining, "standard_library", documents_of)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, its facts, its reports, and the weights as they were trained."""
+
+    out: Path
+    facts: dict[str, Any]
+    steps: list[Progress]
+    weights: dict[str, Tensor]
+
+
+Finished = Callable[[str], Run]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any], list[Progress]]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     @functools.cache
-    def run(shape: str) -> tuple[Path, dict[str, Any], list[Progress]]:
-        out, steps = tmp_path_factory.mktemp("model") / shape, []
-        facts = pretrain(out, PretrainConfig(**{**vars(TINY), "shape": shape}), on_step=steps.append)
-        return out, facts, steps
+    def run(shape: str) -> Run:
+        out = tmp_path_factory.mktemp("model") / shape
+        steps: list[Progress] = []
+        weights: dict[str, Tensor] = {}
+        measure = pretraining.measure
+
+        def watched(model: nn.Module, *arguments: Any) -> dict[str, Any]:
+            weights.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return measure(model, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretraining, "measure", watched)
+            facts = pretrain(out, replace(TINY, shape=shape), on_step=steps.append)
+        return Run(out, facts, steps, weights)
 
     return run
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_saved_model_is_the_trained_one_in_bf16(finished: Any, shape: str, tmp_path: Path) -> None:
+def test_the_saved_model_is_the_trained_one_in_bf16(finished: Finished, shape: str) -> None:
     import transformers
 
-    out, facts, _ = finished(shape)
-    weights = load_file(str(out / "model.safetensors"))
+    run = finished(shape)
+    weights = load_file(str(run.out / "model.safetensors"))
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert (out / "model.safetensors").stat().st_size < 16 << 20 or shape == "switch"
     auto = transformers.AutoModelForSeq2SeqLM if shape == "switch" else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(out, dtype=torch.float32)
-    assert sum(parameter.numel() for parameter in model.parameters()) == facts["parameters"]
-
-    # The state before the last step and that step again: the weights that should have been saved.
-    stopped = tmp_path / shape
-    config = PretrainConfig(**{**vars(TINY), "shape": shape})
-    kept: dict[str, Tensor] = {}
-    original = pretraining.measure
-
-    def measured(trained: nn.Module, *arguments: Any) -> Any:
-        kept.update({name: tensor.clone() for name, tensor in trained.state_dict().items()})
-        return original(trained, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "measure", measured)
-        pretrain(stopped, config)
-    trained = build_model(config)
-    trained.load_state_dict(kept)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    ids = tokenizer(documents_of("held-out")[0].text[:400], return_tensors="pt", add_special_tokens=False)["input_ids"][:, :32]
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shape == "switch" else {})
-    with torch.no_grad():
-        ours, theirs = model.eval()(**inputs).logits, trained.eval()(**inputs).logits
-    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    model = auto.from_pretrained(run.out, dtype=torch.float32).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == run.facts["parameters"]
+    assert model.state_dict().keys() == run.weights.keys()
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, kept[name], rtol=0.004, atol=1e-6)
+        assert torch.equal(tensor, run.weights[name].bfloat16().float()), name
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.out)
+    ids = torch.tensor([tokenizer(documents_of("held-out")[0].text, add_special_tokens=False)["input_ids"][:32]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shape == "switch" else {})
+    trained = build_model(replace(TINY, shape=shape)).eval()
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        trained.load_state_dict(run.weights)
+        # Rounding sends a token to another expert now and then, so only most logits stay close.
+        assert (ours - trained(**inputs).logits).abs().median() < 0.03
+        trained.load_state_dict({name: tensor.bfloat16().float() for name, tensor in run.weights.items()})
+        torch.testing.assert_close(ours, trained(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bundled_shape_fits_its_limit(finished: Finished) -> None:
+    grown = build_model(PretrainConfig()).num_parameters() * 2
+    assert grown < 16 << 20
+    assert (finished("olmoe").out / "model.safetensors").stat().st_size < grown
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_card_and_facts_say_what_was_done(finished: Any, shape: str) -> None:
-    out, facts, steps = finished(shape)
+def test_card_and_facts_say_what_was_done(finished: Finished, shape: str) -> None:
+    run = finished(shape)
+    out, facts, steps = run.out, run.facts, run.steps
     assert json.loads((out / "pretraining.json").read_text()) == facts
     assert facts["config"]["shape"] == shape
     assert facts["text"]["sha256"] == text_hash(documents_of("train"))
@@ -321,10 +345,10 @@ def test_card_and_facts_say_what_was_done(finished: Any, shape: str) -> None:
     assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_the_tokenizer_gives_every_text_back(finished: Any) -> None:
+def test_the_tokenizer_gives_every_text_back(finished: Finished) -> None:
     import transformers
 
-    out, _, _ = finished("olmoe")
+    out = finished("olmoe").out
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert len(tokenizer) == 300
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
@@ -334,10 +358,10 @@ def test_the_tokenizer_gives_every_text_back(finished: Any) -> None:
         assert 0 not in ids
 
 
-def test_bits_per_character_by_hand(finished: Any) -> None:
+def test_bits_per_character_by_hand(finished: Finished) -> None:
     import transformers
 
-    out, facts, _ = finished("olmoe")
+    out, facts = finished("olmoe").out, finished("olmoe").facts
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     family = family_of("olmoe")
@@ -373,9 +397,9 @@ def interrupt_at(step: int) -> Callable[[Progress], None]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_interrupted_run_ends_as_one_that_ran_through(finished: Any, tmp_path: Path, shape: str) -> None:
-    whole, facts, _ = finished(shape)
-    config = PretrainConfig(**{**vars(TINY), "shape": shape})
+def test_an_interrupted_run_ends_as_one_that_ran_through(finished: Finished, tmp_path: Path, shape: str) -> None:
+    whole, facts = finished(shape).out, finished(shape).facts
+    config = replace(TINY, shape=shape)
     with pytest.raises(Interrupted):
         pretrain(tmp_path, config, on_step=interrupt_at(4))
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 2
@@ -390,12 +414,12 @@ def test_an_interrupted_run_ends_as_one_that_ran_through(finished: Any, tmp_path
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-def test_how_often_it_is_saved_does_not_matter(finished: Any, tmp_path: Path) -> None:
+def test_how_often_it_is_saved_does_not_matter(finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         pretrain(tmp_path, TINY, on_step=interrupt_at(6))
     assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 4
-    facts = pretrain(tmp_path, PretrainConfig(**{**vars(TINY), "checkpoint_every": 5}))
-    assert facts["loss_curve"] == finished("olmoe")[1]["loss_curve"]
+    facts = pretrain(tmp_path, replace(TINY, checkpoint_every=5))
+    assert facts["loss_curve"] == finished("olmoe").facts["loss_curve"]
 
 
 def test_a_checkpoint_of_something_else_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +428,7 @@ def test_a_checkpoint_of_something_else_is_not_continued(tmp_path: Path, monkeyp
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     for change in ({"shape": "switch"}, {"steps": 7}, {"seed": 1}, {"learning_rate": 1e-3}, {"batch": 3}):
         with pytest.raises(SpecmoeError, match="another configuration"):
-            pretrain(tmp_path, PretrainConfig(**{**vars(TINY), **change}))
+            pretrain(tmp_path, replace(TINY, **change))
     monkeypatch.setattr(pretraining, "standard_library", lambda part: documents_of(part)[:2])
     with pytest.raises(SpecmoeError, match="another configuration"):
         pretrain(tmp_path, TINY)
@@ -426,7 +450,7 @@ def test_a_damaged_or_foreign_checkpoint_is_an_error_for_the_user(tmp_path: Path
 
 @pytest.mark.filterwarnings("default")
 def test_a_loss_that_is_not_a_number_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    config = PretrainConfig(**{**vars(TINY), "learning_rate": 1e30})
+    config = replace(TINY, learning_rate=1e30)
     with pytest.raises(SpecmoeError, match=r"lower --learning-rate"):
         pretrain(tmp_path, config)
     assert not (tmp_path / "model.safetensors").exists()
@@ -437,7 +461,7 @@ def test_a_loss_that_is_not_a_number_leaves_nothing_that_looks_finished(tmp_path
 
 
 def test_a_last_step_that_goes_astray_is_noticed(tmp_path: Path) -> None:
-    config = PretrainConfig(**{**vars(TINY), "steps": 1, "learning_rate": 1e30})
+    config = replace(TINY, steps=1, learning_rate=1e30)
     with pytest.raises(SpecmoeError, match=r"lower --learning-rate"):
         pretrain(tmp_path, config)
     assert not (tmp_path / "model.safetensors").exists()
@@ -452,4 +476,4 @@ def test_an_unknown_shape_names_the_known_ones(tmp_path: Path) -> None:
 def test_a_text_that_is_too_short_is_an_error_for_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "standard_library", lambda part: documents_of(part)[:1])
     with pytest.raises(SpecmoeError, match="too few"):
-        pretrain(tmp_path, PretrainConfig(**{**vars(TINY), "context": 4096, "batch": 8}))
+        pretrain(tmp_path, replace(TINY, context=4096, batch=8))

@@ -475,7 +475,7 @@ def test_soft_targets_only_where_the_recipe_and_the_trace_have_them(parts: Parts
         return training_target(window, horizons, recipe, temperature)
 
     monkeypatch.setattr(training, "training_target", watched)
-    kind = variant(RegularizedSpeculationModel, epochs=1, soft_mass=0.6)
+    kind = variant(RegularizedSpeculationModel, epochs=1, sharpness=0.6)
     train(kind, parts)
     assert set(seen) == {parts.train.router_temperature(0.6)}
     seen.clear()

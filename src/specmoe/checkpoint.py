@@ -7,6 +7,7 @@ whole checkpoint visible.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ def save_checkpoint(path: Path, state: Any) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
+    text = json.dumps(tree)
     with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"tree": json.dumps(tree)})
+        save_file(tensors, str(temporary), metadata={"tree": text, "sha256": _digest(text, tensors)})
 
 
 def load_checkpoint(path: Path) -> Any:
@@ -42,10 +44,22 @@ def load_checkpoint(path: Path) -> Any:
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            tree = json.loads(file.metadata()["tree"])
-            return _decode(tree, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            text, digest = file.metadata()["tree"], file.metadata()["sha256"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(text, tensors) != digest:
+            raise ValueError("its checksum is wrong")
+        return _decode(json.loads(text), tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SpecmoeError(f"checkpoint {path} is damaged ({error}); delete it to start that run again") from error
+
+
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -55,6 +69,8 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
+        if not all(key is None or isinstance(key, bool | int | float | str) for key in value):
+            raise TypeError("a checkpoint cannot hold a dict with keys other than numbers and strings")
         return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return {"list": [_encode(item, tensors) for item in value]}

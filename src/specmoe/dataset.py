@@ -45,13 +45,19 @@ class Split:
 def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split:
     """Draw the protocol's parts: 52.5 % train, 17.5 % validation, 30 % test, by document.
 
-    Documents with the same text stay on one side. Where there are at least four domains, one that holds
+    Documents with the same text stay on one side. In a trace that keeps hidden states for a sample of its
+    documents, only that sample is split, so that every predictor is judged on the same events. Where there are at least four domains, one that holds
     at most a fifth of the documents is kept out of all three as a part of its own.
 
     Raises:
         SpecmoeError: fewer than three distinct documents.
     """
-    usable = [index for index, document in enumerate(documents) if document.tokens >= 2]
+    sampled = any(document.hidden_start is not None for document in documents)
+    usable = [
+        index
+        for index, document in enumerate(documents)
+        if document.tokens >= 2 and (document.hidden_start is not None or not sampled)
+    ]
     domain = _held_out_domain([documents[index] for index in usable], seed)
     held_out = [index for index in usable if documents[index].domain == domain]
     kept_out_texts = {documents[index].text_sha256 for index in held_out}
@@ -75,7 +81,8 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
     parts["held_out_domain"] = tuple(held_out)
     digest = hashlib.sha256()
     for name in PARTS:
-        for index in parts[name]:
+        # By name, so that the order of documents in the trace does not matter.
+        for index in sorted(parts[name], key=lambda index: documents[index].doc_id):
             digest.update(f"{name}\0{documents[index].doc_id}\0{documents[index].text_sha256}\0".encode())
     return Split(parts, domain, seed, digest.hexdigest()[:16])
 
@@ -236,12 +243,18 @@ class Windows:
         """Scored tokens."""
         return int(self.scored.sum())
 
-    def router_temperature(self, mass: float) -> float:
-        """The temperature at which the K largest entries of the routers' distributions add up to ``mass`` on average.
+    def router_temperature(self, sharpness: float) -> float:
+        """The temperature that brings the routers' distributions to a stated sharpness, on average.
 
-        Routers differ widely in sharpness: some put nearly everything on their K experts, others little more
-        than an even share, which as a target would teach next to nothing.
+        Routers differ widely: some put nearly everything on their K experts, others little more than an even
+        share, which as a target would teach next to nothing.
+
+        Args:
+            sharpness: 0 where the K largest entries hold no more than an even share (K / E), 1 where they
+                hold everything.
         """
+        even = self.topology.top_k / self.topology.experts
+        mass = even + sharpness * (1 - even)
         tokens = self.router[self.valid]
         sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 2048)).long()]
         low, high = math.log(1e-3), math.log(1e3)

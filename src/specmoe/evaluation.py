@@ -221,7 +221,11 @@ def expected_calibration_error(tallies: Sequence[Tally], horizons: Sequence[int]
     estimate = error(bins_SGHBX.sum(1)).mean(0)
     per_seed = torch.stack([error(torch.einsum("rg,ghbx->rhbx", by_document, bins)) for bins in bins_SGHBX])
     draws = torch.einsum("rs,srh->rh", by_seed, per_seed)
-    return {horizon: interval_of(float(estimate[i]), draws[:, i]) for i, horizon in enumerate(horizons)}
+    return {
+        horizon: interval_of(float(estimate[i]), draws[:, i])
+        for i, horizon in enumerate(horizons)
+        if torch.isfinite(estimate[i])
+    }
 
 
 def reliability(tallies: Sequence[Tally], horizons: Sequence[int]) -> dict[int, tuple[CalibrationBin, ...]]:

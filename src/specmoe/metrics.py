@@ -40,9 +40,11 @@ def ranks(logits: Tensor, expert_ids: Tensor) -> Tensor:
         logits: [..., E]. expert_ids: [..., K], -1 where there is none.
 
     Returns:
-        [..., K] int64; E (beyond every budget) where there is no expert. Equal logits rank by expert id.
+        [..., K] int64; E (beyond every budget) where there is no expert. Equal logits rank by expert id, NaN last.
     """
     experts = logits.shape[-1]
+    # Nothing compares with NaN, which would put all experts first.
+    logits = logits.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     ids = expert_ids.clamp_min(0)
     own = logits.gather(-1, ids)[..., None]
     others = logits[..., None, :]

@@ -84,7 +84,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         predictor.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    temperature = train.router_temperature(recipe.soft_mass) if recipe.soft_targets and train.soft else None
+    temperature = train.router_temperature(recipe.sharpness) if recipe.soft_targets and train.soft else None
     steps_per_epoch = math.ceil(len(train) / recipe.batch_windows)
     scheduler = build_scheduler(optimizer, recipe, steps_per_epoch)
     best_loss, best_state, elapsed = math.inf, copy.deepcopy(predictor.state_dict()), 0.0

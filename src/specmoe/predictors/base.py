@@ -41,8 +41,8 @@ class Recipe:
         learning_rate: of AdamW. epochs: at most. batch_windows: windows a step.
         scheduler: ``cosine`` (over all epochs) or ``plateau`` (halved when validation stalls).
         label_smoothing: share of a hard target spread evenly over the experts.
-        soft_targets: aim at the router's own distribution where the trace has it. soft_mass: the temperature
-            of that distribution is chosen such that its K largest entries hold this much on average.
+        soft_targets: aim at the router's own distribution where the trace has it. sharpness: the temperature
+            of that distribution is chosen for this sharpness (see ``Windows.router_temperature``).
         patience: epochs without a better validation loss before stopping.
         clip: largest gradient norm. weight_decay: of AdamW.
     """
@@ -57,7 +57,7 @@ class Recipe:
     scheduler: Scheduler = "plateau"
     label_smoothing: float = 0.1
     soft_targets: bool = True
-    soft_mass: float = 0.7
+    sharpness: float = 0.66
     patience: int = 7
     clip: float = 1.0
     weight_decay: float = 0.01

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ _GENERATED = {"encodings", "pydoc_data"}
 _TESTS = {"test", "tests", "idle_test"}
 _HELD_OUT_PERCENT = 20
 _MINIMUM_CHARACTERS = 1200
+_TOP_LEVEL = "(top level)"
 
 Part = Literal["train", "held-out"]
 
@@ -73,7 +75,7 @@ def read_documents(paths: Iterable[Path]) -> list[Document]:
     Raises:
         SpecmoeError: a path does not exist, or nothing readable was found.
     """
-    documents = []
+    found: list[tuple[str, str, Document]] = []
     for path in paths:
         if not path.exists():
             raise SpecmoeError(f"text {path} does not exist")
@@ -81,11 +83,19 @@ def read_documents(paths: Iterable[Path]) -> list[Document]:
         for file in files:
             text = _read_text(file)
             if text:
-                name = file.relative_to(path) if path.is_dir() else Path(file.name)
-                documents.append(Document(name.as_posix(), _package(name), text))
-    if not documents:
+                name = file.relative_to(path.parent if path.is_dir() else file.parent)
+                within = name.parts[1:] if path.is_dir() else name.parts
+                # The first folder within the one that was given, else that one itself.
+                domain = within[0] if len(within) > 1 else path.name if path.is_dir() else _TOP_LEVEL
+                found.append((name.as_posix(), file.as_posix(), Document(name.as_posix(), domain, text)))
+    if not found:
         raise SpecmoeError("the text given with --text holds no readable UTF-8 file")
-    return documents
+    taken = Counter(short for short, _, _ in found)
+    unique: dict[str, Document] = {}
+    for short, full, document in found:
+        name = short if taken[short] == 1 else full
+        unique[name] = replace(document, doc_id=name)
+    return list(unique.values())
 
 
 def text_hash(documents: Iterable[Document]) -> str:
@@ -101,7 +111,7 @@ def _is_held_out(name: str) -> bool:
 
 
 def _package(name: Path) -> str:
-    return name.parts[0] if len(name.parts) > 1 else "(top level)"
+    return name.parts[0] if len(name.parts) > 1 else _TOP_LEVEL
 
 
 def _read_text(path: Path) -> str | None:
