@@ -32,7 +32,13 @@ def test_a_fifth_of_the_files_is_held_out(library: dict[str, list[Document]]) ->
 def test_every_file_worth_reading_is_in_one_part(library: dict[str, list[Document]]) -> None:
     names = {document.doc_id for documents in library.values() for document in documents}
     root = Path(sysconfig.get_path("stdlib"))
-    for known in ("argparse.py", "json/decoder.py", "asyncio/tasks.py", "xml/dom/minidom.py", "importlib/_bootstrap.py"):
+    for known in (
+        "argparse.py",
+        "json/decoder.py",
+        "asyncio/tasks.py",
+        "xml/dom/minidom.py",
+        "importlib/_bootstrap.py",
+    ):
         assert (root / known).stat().st_size > 1200
         assert known in names
 

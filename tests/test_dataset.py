@@ -34,7 +34,9 @@ quick = settings(max_examples=40, deadline=None, database=None)
 
 
 def document(name: str, domain: str = "d", text: str | None = None, tokens: int = 9) -> DocumentRecord:
-    return DocumentRecord(doc_id=name, domain=domain, text_sha256=text or f"text of {name}", start=0, tokens=tokens, crc32={})
+    return DocumentRecord(
+        doc_id=name, domain=domain, text_sha256=text or f"text of {name}", start=0, tokens=tokens, crc32={}
+    )
 
 
 def documents(count: int, domain: str = "d") -> list[DocumentRecord]:
@@ -133,7 +135,9 @@ def test_the_draw_depends_on_the_seed_alone() -> None:
 
 
 def test_the_order_of_documents_in_the_trace_changes_nothing() -> None:
-    of = [document(f"{i}", domain, f"text {i // 2}") for domain in "abcdefg" for i in range(ord(domain), ord(domain) + 9)]
+    of = [
+        document(f"{i}", domain, f"text {i // 2}") for domain in "abcdefg" for i in range(ord(domain), ord(domain) + 9)
+    ]
     first = split_documents(of, 3)
     shuffled = list(of)
     random.Random(0).shuffle(shuffled)

@@ -107,7 +107,9 @@ def test_a_tally_holds_the_sums_over_every_event(tmp_path: Path, batch_tokens: i
                     assert tally.events[g, phase, s, h] == known.sum()
                     for name in ("recall@K", "gate_mass@K", "top1", "kl", "brier"):
                         expected = values[name][:, :, s, h][known].double().sum()
-                        assert float(tally.sums[name][g, phase, s, h]) == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
+                        assert float(tally.sums[name][g, phase, s, h]) == pytest.approx(
+                            float(expected), rel=1e-5, abs=1e-5
+                        )
         for h in range(len(HORIZONS)):
             known = targets.known_BTSH[..., h] & (window.document_B == index)[:, None, None]
             predicted, observed, count = tally.bins[g, h].sum(0).tolist()
@@ -260,7 +262,9 @@ def test_documents_count_by_their_events() -> None:
     ratios = Ratios.of([tally_of(torch.tensor([1.0, 0.0]), torch.tensor([30, 10]))], "recall@K")
     assert float(ratios.estimate()) == pytest.approx(0.75)
     assert set(ratios.draws()[:, 0].tolist()) == {0.0, 0.75, 1.0}
-    of_one = Ratios.of([tally_of(torch.tensor([1.0, 0.0]), torch.tensor([30, 10]))], "recall@K", torch.tensor([False, True]))
+    of_one = Ratios.of(
+        [tally_of(torch.tensor([1.0, 0.0]), torch.tensor([30, 10]))], "recall@K", torch.tensor([False, True])
+    )
     assert by_horizon(of_one, [1]) == {1: Interval(value=0.0, low=0.0, high=0.0)}
 
 
@@ -408,7 +412,9 @@ def test_inclusion_scale_finds_a_planted_scale(tmp_path: Path, planted: float) -
     found = inclusion_scale(Guess(topology, (1, 2)), windows, sample_tokens=4000)
     # The events left out move the best scale a little.
     assert math.log(found) == pytest.approx(math.log(planted), abs=0.35)
-    scales = {scale: inclusion_brier(Guess(topology, (1, 2)), windows, scale) for scale in (found / 2, found, found * 2)}
+    scales = {
+        scale: inclusion_brier(Guess(topology, (1, 2)), windows, scale) for scale in (found / 2, found, found * 2)
+    }
     assert min(scales, key=lambda scale: scales[scale]) == found
 
 

@@ -26,7 +26,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(1)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(1)], ids=lambda e: type(e).__name__
+)
 def test_an_interrupted_write_leaves_the_old_content_and_no_litter(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "value.txt"
     write_text(path, "old")
@@ -128,7 +130,9 @@ def test_json_comes_back_as_it_went(tmp_path_factory: pytest.TempPathFactory, va
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"a": 1}}', b"\xff\xfe\x00", b"[" * 100_000], ids=["empty", "cut", "more", "binary", "deep"]
+    "content",
+    [b"", b"{", b'{"a": 1}}', b"\xff\xfe\x00", b"[" * 100_000],
+    ids=["empty", "cut", "more", "binary", "deep"],
 )
 def test_what_is_no_json_is_an_error_for_the_user(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "value.json"
@@ -220,7 +224,9 @@ def make_parts(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     return model, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
 
 
-def advance(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, kind: str, first: int, last: int) -> None:
+def advance(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, kind: str, first: int, last: int
+) -> None:
     for step in range(first, last):
         inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -335,7 +341,12 @@ def test_a_file_of_something_else_is_an_error_for_the_user(tmp_path: Path, tree:
 
 def test_other_files_are_errors_for_the_user(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    for content in (b"not safetensors at all", json.dumps({"tree": {}}).encode(), struct.pack("<Q", 1 << 60), bytes(64)):
+    for content in (
+        b"not safetensors at all",
+        json.dumps({"tree": {}}).encode(),
+        struct.pack("<Q", 1 << 60),
+        bytes(64),
+    ):
         path.write_bytes(content)
         with pytest.raises(SpecmoeError, match="damaged"):
             load_checkpoint(path)

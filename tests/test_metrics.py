@@ -154,8 +154,12 @@ def test_the_router_itself_has_no_divergence_even_where_it_gives_nothing() -> No
     wanted = targets(30, 6, 2, 0)
     assert metrics(wanted.router_BTSHE.log(), wanted, 2)["kl"].abs().max() < 1e-6
     router = torch.tensor([0.5, 0.5, 0.0, 0.0]).view(1, 1, 1, 1, 4)
-    certain = Targets(torch.tensor([0, 1]).view(1, 1, 1, 1, 2), (router > 0).float(), router, torch.ones(1, 1, 1, 1) > 0)
-    assert float(metrics(torch.tensor([40.0, 40, -40, -40]).view(router.shape), certain, 2)["kl"]) == pytest.approx(0, abs=1e-6)
+    certain = Targets(
+        torch.tensor([0, 1]).view(1, 1, 1, 1, 2), (router > 0).float(), router, torch.ones(1, 1, 1, 1) > 0
+    )
+    assert float(metrics(torch.tensor([40.0, 40, -40, -40]).view(router.shape), certain, 2)["kl"]) == pytest.approx(
+        0, abs=1e-6
+    )
     assert float(metrics(torch.zeros(router.shape), certain, 2)["kl"]) == pytest.approx(math.log(2))
 
 

@@ -465,7 +465,9 @@ def test_windows_a_step_are_the_recipes(parts: Parts, monkeypatch: pytest.Monkey
         assert len(seen["rate"]) == math.ceil(len(parts.train) / windows)
 
 
-def test_soft_targets_only_where_the_recipe_and_the_trace_have_them(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_targets_only_where_the_recipe_and_the_trace_have_them(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import specmoe.training as training
 
     seen: list[float | None] = []

@@ -46,8 +46,9 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
     """Draw the protocol's parts: 52.5 % train, 17.5 % validation, 30 % test, by document.
 
     Documents with the same text stay on one side. In a trace that keeps hidden states for a sample of its
-    documents, only that sample is split, so that every predictor is judged on the same events. Where there are at least four domains, one that holds
-    at most a fifth of the documents is kept out of all three as a part of its own.
+    documents, only that sample is split, so that every predictor is judged on the same events. Where there
+    are at least four domains, one that holds at most a fifth of the documents is kept out of all three as a
+    part of its own.
 
     Raises:
         SpecmoeError: fewer than three distinct documents.

@@ -70,6 +70,7 @@ def fit(
 
     Raises:
         TrainingFailed: the loss is no longer finite.
+        SpecmoeError: the windows are too short for the horizons.
     """
     recipe, started = predictor.recipe, time.perf_counter()
     result = FitResult()
@@ -116,7 +117,12 @@ def fit(
             if recipe.scheduler == "cosine":
                 scheduler.step()
             total, events = total + value * count, events + count
+        if events == 0:
+            raise SpecmoeError("the training documents hold nothing to foresee at these horizons; collect longer ones")
         validation_loss, recall = validate(predictor, validation, recipe, temperature, device)
+        if not math.isfinite(validation_loss):
+            whole = validation.batch(slice(0, len(validation)))
+            raise TrainingFailed(cause_of_divergence(whole, validation_loss, epoch, optimizer.param_groups[0]["lr"]))
         report = EpochReport(epoch, total / events, validation_loss, recall, optimizer.param_groups[0]["lr"])
         result.curve.append(report)
         if recipe.scheduler == "plateau":

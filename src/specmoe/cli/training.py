@@ -78,7 +78,6 @@ def demo(
     documents = standard_library("held-out")
     trace, control = out / "trace", out / "control-trace"
     collect_trace("bundled", documents, trace, title="the model reads", max_tokens_per_document=_TOKENS)
-    collect_trace(
-        "bundled", documents, control, title="an untrained one too", untrained=True, max_tokens_per_document=_TOKENS // 2
-    )
+    options = {"untrained": True, "max_tokens_per_document": _TOKENS // 2}
+    collect_trace("bundled", documents, control, title="an untrained one too", **options)
     train(trace, out, seeds=seeds, control=control, workers=workers, device="cpu", json=json)

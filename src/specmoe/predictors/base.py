@@ -83,9 +83,12 @@ class Knowledge:
         Fitted once, however many predictors start from it.
         """
         if horizons not in self._probes:
-            has_hidden = any(window.hidden_BTLD is not None for window in itertools.islice(self.windows(), 1))
-            targets = "log_router"
-            self._probes[horizons] = fit_linear_probe(self.windows, horizons, targets=targets) if has_hidden else None
+            probe = None
+            for window in itertools.islice(self.windows(), 1):
+                if window.hidden_BTLD is not None:
+                    targets = "log_router" if window.soft else "routed"
+                    probe = fit_linear_probe(self.windows, horizons, targets=targets)
+            self._probes[horizons] = probe
         return self._probes[horizons]
 
 

@@ -101,7 +101,7 @@ def pretrain(
     fingerprint = json.dumps({**asdict(config), "checkpoint_every": None, "text": text_hash(documents)})
     checkpoint_path = out / "checkpoint.safetensors"
     previous = load_checkpoint(checkpoint_path) if checkpoint_path.exists() else None
-    if previous is not None and previous["fingerprint"] != fingerprint:
+    if previous is not None and (not isinstance(previous, dict) or previous.get("fingerprint") != fingerprint):
         raise SpecmoeError(f"{out} holds a checkpoint of another configuration; choose another --out or delete it")
 
     tokenizer = train_tokenizer(documents, config.vocabulary)
@@ -317,6 +317,8 @@ def measure(model: Any, tokenizer: Any, family: Family, config: PretrainConfig, 
     """Bits a character and expert load on the held-out files."""
     documents = standard_library("held-out")
     bits, loads = bits_per_character(model, tokenizer, family, documents, config.context, device)
+    if not math.isfinite(bits):
+        raise SpecmoeError(f"the last step left weights that give {bits} bits a character; lower --learning-rate")
     return {
         "documents": len(documents),
         "sha256": text_hash(documents),
