@@ -17,8 +17,8 @@ from specmoe.dataset import Window, Windows, ahead, sharpen, split_documents, ta
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import evaluate
 from specmoe.predictors.base import Knowledge, Predictor, Recipe
-from specmoe.predictors.regularized import RegularizedSpeculationModel
 from specmoe.predictors.registry import PREDICTORS
+from specmoe.predictors.regularized import RegularizedSpeculationModel
 from specmoe.sources.synthetic import optimal_recall
 from specmoe.suite.data import with_shuffled_hidden
 from specmoe.topology import Topology
