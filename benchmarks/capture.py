@@ -4,7 +4,7 @@ Both read the same batches with the same model, in the order plain, capture, cap
 machine that slows down or speeds up along the way favours neither. Prints one JSON object; the ratio is
 capture over plain, its interval the 95 % bootstrap interval of the mean over rounds.
 
-    python benchmarks/capture.py --model DIR [--rounds 6] [--tokens 16384] [--threads 1]
+    python benchmarks/capture.py [--model DIR] [--rounds 6] [--tokens 16384] [--threads 1]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from specmoe.sources.bundled import bundled_model
 from specmoe.sources.capture import SHARD_BYTES, Keep, batched, encode_documents, write_routes
 from specmoe.sources.corpus import standard_library
 from specmoe.sources.loading import load_model
@@ -33,7 +34,7 @@ from specmoe.trace.writer import fields_of
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model directory")
+    parser.add_argument("--model", default=None, help="model directory; default: the bundled model")
     parser.add_argument("--rounds", type=int, default=6, help="ABBA rounds")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens read in each pass")
     parser.add_argument("--threads", type=int, default=1)
@@ -41,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    loaded = load_model(options.model)
+    loaded = load_model(options.model or bundled_model())
     encoded, _ = encode_documents(loaded, standard_library("held-out"), 512, options.tokens, seed=0)
     batches = batched(encoded, 2048, seed=0)
     fields = fields_of(["gate_weights", "router_logits", "hidden"])

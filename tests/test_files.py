@@ -32,10 +32,8 @@ def names(folder: Path) -> list[str]:
 def test_an_interrupted_write_leaves_the_old_content_and_no_litter(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "value.txt"
     write_text(path, "old")
-    with pytest.raises(type(error)), atomic_path(path) as temporary:
-        temporary.write_text("half of the new")
-        assert path.read_text() == "old"
-        raise error
+    with pytest.raises(type(error)):
+        write_then_raise(path, error)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["value.txt"]
 
@@ -81,9 +79,8 @@ def test_the_new_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:
 def test_a_failing_disk_is_named(tmp_path: Path, number: int, words: str) -> None:
     path = tmp_path / "value.txt"
     write_text(path, "old")
-    with pytest.raises(SpecmoeError, match=words) as caught, atomic_path(path) as temporary:
-        temporary.write_text("new")
-        raise OSError(number, os.strerror(number))
+    with pytest.raises(SpecmoeError, match=words) as caught:
+        write_then_raise(path, OSError(number, os.strerror(number)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert path.read_text() == "old"

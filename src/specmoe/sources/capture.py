@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 # What a kill may cost: documents gather in memory until one of the two is reached.
-SHARD_BYTES = 32 << 20
-_FLUSH_SECONDS = 3.0
+SHARD_BYTES = 64 << 20
+_FLUSH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
