@@ -331,6 +331,7 @@ def test_every_token_is_scored_once_with_its_past_before_it(tmp_path: Path, leng
             assert whole.router_logits is not None
             assert whole.hidden is not None
             assert window.hidden_BTLD is not None
+            assert window.phase_BT is not None
             assert torch.equal(window.expert_ids_BTLK[b][valid], whole.expert_ids[rows].long())
             assert torch.equal(window.phase_BT[b][valid], whole.phase[rows].long())
             assert torch.equal(window.hidden_BTLD[b][valid], whole.hidden[rows].float())

@@ -26,6 +26,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def write_then_raise(path: Path, error: BaseException) -> None:
+    before = path.read_text()
+    with atomic_path(path) as temporary:
+        temporary.write_text("half of the new")
+        assert path.read_text() == before
+        raise error
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(1)], ids=lambda e: type(e).__name__
 )

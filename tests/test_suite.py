@@ -185,7 +185,7 @@ def curves(results: Results) -> list[list[tuple[object, ...]]]:
 
 
 def train_command(trace: Path, out: Path) -> list[str]:
-    names = [argument for name in ("Tiny*", "Regular*", "LayerM*") for argument in ("--only", name)]
+    names = [argument for name in ("Regular*", "LayerM*") for argument in ("--only", name)]
     return [sys.executable, "-m", "specmoe", "train", str(trace), "--out", str(out), "--seeds", "2", *names]
 
 
@@ -193,14 +193,15 @@ def train_command(trace: Path, out: Path) -> list[str]:
 def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: Path) -> None:
     topology = Topology(model_id="synthetic", layers=6, experts=16, top_k=2, hidden_size=64)
     trace, out = tmp_path / "trace", tmp_path / "out"
-    synthetic_trace(trace, topology=topology, documents=24, tokens=64, determinism=0.8, seed=5)
+    synthetic_trace(trace, topology=topology, documents=60, tokens=128, determinism=0.8, seed=5)
     process = subprocess.Popen(
         train_command(trace, out), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not list(out.glob("jobs/*/checkpoint-*.safetensors")) and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.005)
+    assert process.poll() is None, "it was done before it could be stopped"
     os.killpg(process.pid, how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:
@@ -208,7 +209,7 @@ def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: 
         assert "run the same command again to continue" in errors
         assert "Traceback" not in errors
     assert not (out / "results.json").exists()
-    names = ["TinySpeculationModel", "RegularizedSpeculationModel", "LayerMarkov"]
+    names = ["RegularizedSpeculationModel", "LayerMarkov"]
     arguments = {"seeds": (0, 1), "horizons": (1, 2, 3, 4)}
     continued = train_suite(trace, out, names, workers=1, **arguments)
     uninterrupted = train_suite(trace, tmp_path / "other", names, workers=1, **arguments)

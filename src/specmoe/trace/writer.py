@@ -34,6 +34,9 @@ from specmoe.trace.record import REQUIRED_FIELDS, RoutingRecord
 __all__ = ["TraceWriter", "checksum", "keeps_hidden"]
 
 
+_BUFFER_BYTES = 64 << 20
+
+
 class _Pending(NamedTuple):
     """A document that waits for its shard, and how much there is up to its end."""
 
@@ -166,9 +169,12 @@ class TraceWriter:
         end = start + len(tensor)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.dtype != tensor.dtype or len(buffer) < end:
+            # Room for a whole shard from the start: memory that is not written to costs nothing, growing does.
+            row_bytes = tensor.nbytes // len(tensor) if len(tensor) else 1 << 30
+            expected = min(self._shard_bytes, _BUFFER_BYTES) // row_bytes
             # A buffer made under inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                larger = torch.empty(max(end, 2 * start), *tensor.shape[1:], dtype=tensor.dtype)
+                larger = torch.empty(max(end, 2 * start, expected), *tensor.shape[1:], dtype=tensor.dtype)
             if buffer is not None and start:
                 larger[:start] = buffer[:start]
             self._buffers[name] = buffer = larger
