@@ -30,7 +30,7 @@ from specmoe.topology import Topology
 from specmoe.trace import DocumentRecord, Manifest, RoutingRecord, Source, Trace, TraceWriter
 
 TOPOLOGY = Topology(model_id="dataset", layers=3, experts=5, top_k=2, hidden_size=4)
-quick = settings(max_examples=40, deadline=None, database=None)
+quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
 
 def document(name: str, domain: str = "d", text: str | None = None, tokens: int = 9) -> DocumentRecord:

@@ -120,7 +120,7 @@ def test_json_is_strict(tmp_path: Path, value: Any) -> None:
     assert names(tmp_path) == ["value.json"]
 
 
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -186,7 +186,7 @@ def build_model(config: PretrainConfig) -> Any:
     """A freshly initialised model of ``config.shape``."""
     import transformers
 
-    marks = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    marks: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     if config.shape == "switch":
         return transformers.SwitchTransformersForConditionalGeneration(
             transformers.SwitchTransformersConfig(
@@ -197,14 +197,15 @@ def build_model(config: PretrainConfig) -> Any:
                 d_ff=256,
                 num_layers=4,
                 num_decoder_layers=8,
-                encoder_sparse_step=1,
-                decoder_sparse_step=1,
+                num_sparse_encoder_layers=4,
+                num_sparse_decoder_layers=8,
                 num_experts=16,
                 expert_capacity=config.context,
                 router_jitter_noise=0.0,
                 dropout_rate=0.0,
-                decoder_start_token_id=0,
-                **{"pad_token_id": 0, "eos_token_id": 0},
+                **{"decoder_start_token_id": 0},
+                pad_token_id=0,
+                eos_token_id=0,
             )
         )
     experts, top_k, width = (32, 4, 64) if config.shape == "olmoe-32x4" else (16, 2, 128)
