@@ -98,7 +98,7 @@ def event_metrics(logits: Tensor, probability: Tensor, targets: Targets, top_k: 
     return values
 
 
-def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 5) -> Tensor:
+def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 8) -> Tensor:
     """Probability that each expert is among the K: sigmoid(logit - τ) with τ such that they sum to K.
 
     This is the distribution of largest entropy with the given log-odds and a mean set size of K

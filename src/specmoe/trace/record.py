@@ -74,6 +74,8 @@ class RoutingRecord:
                 raise SpecmoeError(
                     f"{name} holds NaN or Inf at token {row} in MoE layer {layer}; the model's run is at fault{hint}"
                 )
+        if len(self) and int(self.phase.max()) > max(Phase):
+            raise SpecmoeError(f"phase holds {int(self.phase.max())}; known: 0 (prefill), 1 (decode)")
         if len(self) and int(self.expert_ids.min()) < -1:
             raise SpecmoeError(f"expert_ids holds {int(self.expert_ids.min())}; only -1 (no expert) may be negative")
 
