@@ -37,7 +37,7 @@ format: setup  ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure the ratios that docs/benchmarks.md states
+bench: setup  ## measure the ratios that README.md states
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/suite.py
 	$(BIN)/python benchmarks/data_handling.py
