@@ -200,7 +200,7 @@ def test_a_pickle_that_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_import_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "not a file" in errors_of(capsys, "import", str(tmp_path / "none.pkl"), "--out", str(tmp_path / "t"))
+    assert "does not exist" in errors_of(capsys, "import", str(tmp_path / "none.pkl"), "--out", str(tmp_path / "t"))
     (tmp_path / "a.pkl").write_bytes(b"")
     errors_of(capsys, "import", str(tmp_path / "a.pkl"), "--out", str(tmp_path / "t"))
     message = errors_of(capsys, "import", str(tmp_path / "a.pkl"), "--out", str(tmp_path / "t"), "--format", "gating")

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.gating_pickle import import_gating_pickle
-from specmoe.sources.restricted_pickle import Array, load_restricted
+from specmoe.sources.importers import import_trace
+from specmoe.sources.importers.restricted_pickle import Array, load_restricted
 from specmoe.trace import Trace
 
 LAYERS, EXPERTS, TOP_K, WIDTH = (1, 3, 5), 8, 2, 16
@@ -69,7 +69,7 @@ def write(path: Path, content: Any, protocol: int = 4) -> Path:
 
 
 def run(tmp_path: Path, content: Any, protocol: int = 4) -> tuple[Trace, list[str]]:
-    warnings = import_gating_pickle(write(tmp_path / "traces.pkl", content, protocol), tmp_path / "trace")
+    warnings = import_trace(write(tmp_path / "traces.pkl", content, protocol), tmp_path / "trace")
     assert all("\n" not in warning for warning in warnings)
     trace = Trace.open(tmp_path / "trace")
     trace.verify()
@@ -80,7 +80,7 @@ def refused(tmp_path: Path, content: Any, words: str) -> None:
     path = tmp_path / "bad.pkl"
     path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     with pytest.raises(SpecmoeError, match=words) as caught:
-        import_gating_pickle(path, tmp_path / "trace")
+        import_trace(path, tmp_path / "trace")
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "trace").exists()
@@ -135,7 +135,7 @@ def test_objects_of_tensors_give_the_same_trace_as_dicts_of_arrays(
         objects.append(instance)
     path = write(tmp_path / "objects.pkl", objects, protocol)
     monkeypatch.delattr(sys.modules[module], "GatingDataPoint")
-    import_gating_pickle(path, tmp_path / "objects")
+    import_trace(path, tmp_path / "objects")
     expected, _ = run(tmp_path, data, protocol)
     actual = Trace.open(tmp_path / "objects")
     assert len(actual) == len(expected) == 3
@@ -204,7 +204,7 @@ def test_texts_without_sample_id_are_joined_by_their_tokens(tmp_path: Path) -> N
     expected, _ = run(tmp_path, data)
     for point in data:
         del point["sample_id"]
-    import_gating_pickle(write(tmp_path / "b.pkl", data), tmp_path / "b")
+    import_trace(write(tmp_path / "b.pkl", data), tmp_path / "b")
     actual = Trace.open(tmp_path / "b")
     assert [document.doc_id for document in actual.documents] == [f"text-{n:05d}" for n in range(4)]
     for index in range(4):
@@ -224,7 +224,7 @@ def test_points_in_any_order(tmp_path: Path) -> None:
     expected, _ = run(tmp_path, data)
     by_name = {document.doc_id: index for index, document in enumerate(expected.documents)}
     random.Random(0).shuffle(data)
-    import_gating_pickle(write(tmp_path / "b.pkl", data), tmp_path / "b")
+    import_trace(write(tmp_path / "b.pkl", data), tmp_path / "b")
     actual = Trace.open(tmp_path / "b")
     for index, document in enumerate(actual.documents):
         assert torch.equal(actual.read(index).expert_ids, expected.read(by_name[document.doc_id]).expert_ids)
@@ -248,14 +248,14 @@ def test_progress_and_continuing_after_an_interruption(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_gating_pickle(path, tmp_path / "trace", on_progress=interrupt)
+        import_trace(path, tmp_path / "trace", on_progress=interrupt)
     assert len(Trace.open(tmp_path / "trace", allow_incomplete=True)) == 3
     seen: list[int] = []
-    import_gating_pickle(path, tmp_path / "trace", on_progress=lambda done, _: seen.append(done))
+    import_trace(path, tmp_path / "trace", on_progress=lambda done, _: seen.append(done))
     assert seen == [1, 2, 3, 4, 5]
     assert len(Trace.open(tmp_path / "trace")) == 5
     with pytest.raises(SpecmoeError, match="another trace"):
-        import_gating_pickle(write(tmp_path / "other.pkl", points(texts=5, seed=1)), tmp_path / "trace")
+        import_trace(write(tmp_path / "other.pkl", points(texts=5, seed=1)), tmp_path / "trace")
 
 
 # --- doubtful files ------------------------------------------------------------------------------------
@@ -418,8 +418,8 @@ def test_wrong_content_is_described(tmp_path: Path, content: Any, words: str) ->
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.pkl", tmp_path):
-        with pytest.raises(SpecmoeError, match="cannot be read"):
-            import_gating_pickle(path, tmp_path / "trace")
+        with pytest.raises(SpecmoeError, match="no known format|does not exist"):
+            import_trace(path, tmp_path / "trace")
 
 
 # --- files that try to do harm -------------------------------------------------------------------------
@@ -576,7 +576,7 @@ def test_damage_anywhere_gives_a_trace_or_one_clear_line(tmp_path: Path) -> None
                     broken[rng.randrange(len(broken))] = rng.randrange(256)
             (tmp_path / "broken.pkl").write_bytes(broken)
             try:
-                import_gating_pickle(tmp_path / "broken.pkl", tmp_path / f"trace-{outcomes[True]}")
+                import_trace(tmp_path / "broken.pkl", tmp_path / f"trace-{outcomes[True]}")
                 outcomes[True] += 1
             except SpecmoeError as error:
                 assert "\n" not in str(error)

@@ -24,7 +24,7 @@ class Topology(BaseModel):
     Attributes:
         model_id: hub id or name of the model. revision: commit or content hash of its weights.
         layers: MoE layers (L). experts: experts in a layer (E). top_k: experts a token is routed to (K).
-        hidden_size: width of the router's input (D).
+        hidden_size: width of the router's input (D); 0 where it is not known.
         bytes_per_expert: size of one expert's weights as stored; None where unknown.
 
     Raises:
@@ -38,7 +38,7 @@ class Topology(BaseModel):
     layers: int = Field(ge=1, le=4096)
     experts: int = Field(ge=1, le=32767)
     top_k: int = Field(ge=1)
-    hidden_size: int = Field(ge=1, le=1 << 20)
+    hidden_size: int = Field(ge=0, le=1 << 20)
     bytes_per_expert: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")

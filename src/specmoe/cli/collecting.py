@@ -8,11 +8,8 @@ from typing import Annotated
 import typer
 
 from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
-from specmoe.errors import SpecmoeError, unknown_name
 
 __all__ = ["register"]
-
-_FORMATS = ("gating-pickle",)
 
 
 def register(app: typer.Typer) -> None:
@@ -63,23 +60,23 @@ def collect(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="File to import.")],
+    source: Annotated[Path, typer.Argument(help="File or folder to import.")],
     out: Out,
-    format: Annotated[str, typer.Option(help=f"One of: {', '.join(_FORMATS)}.")] = "gating-pickle",
+    format: Annotated[
+        str | None, typer.Option(help="Name of the format, as specmoe formats lists them; default: recognised.")
+    ] = None,
     model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts in a layer, where the file does not say.")] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
     from specmoe.cli.progress import ProgressLine
-    from specmoe.sources.gating_pickle import import_gating_pickle
+    from specmoe.sources.importers import ImportOptions, import_trace
     from specmoe.trace import Trace
 
-    if format not in _FORMATS:
-        raise unknown_name("format", format, _FORMATS)
-    if not source.is_file():
-        raise SpecmoeError(f"{source} is not a file")
+    options = ImportOptions(model_id=model_id, experts=experts)
     with ProgressLine("importing") as line:
-        warnings = import_gating_pickle(source, out, model_id=model_id, on_progress=line.update)
+        warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     _tell(Trace.open(out), json, warnings=warnings)

@@ -49,12 +49,14 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
-    def update(self, done: float, total: float, note: str = "") -> None:
-        """Show how far it is."""
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Show how far it is; without a total, only that it goes on."""
         self._progress.update(self._task, completed=done, total=total, note=note)
-        if not self._console.is_terminal and (time.monotonic() - self._said > _LINE_SECONDS or done >= total):
+        finished = total is not None and done >= total
+        if not self._console.is_terminal and (time.monotonic() - self._said > _LINE_SECONDS or finished):
             self._said = time.monotonic()
-            self._console.print(f"{self._title}: {100 * done / max(total, 1e-9):.0f} %  {note}", highlight=False)
+            so_far = f"{done:,.0f}" if total is None else f"{100 * done / max(total, 1e-9):.0f} %"
+            self._console.print(f"{self._title}: {so_far}  {note}", highlight=False)
 
 
 class TrainingView:

@@ -188,6 +188,7 @@ def build_model(config: PretrainConfig) -> Any:
 
     marks: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     if config.shape == "switch":
+        start: dict[str, Any] = {"decoder_start_token_id": 0}
         return transformers.SwitchTransformersForConditionalGeneration(
             transformers.SwitchTransformersConfig(
                 vocab_size=config.vocabulary,
@@ -203,7 +204,7 @@ def build_model(config: PretrainConfig) -> Any:
                 expert_capacity=config.context,
                 router_jitter_noise=0.0,
                 dropout_rate=0.0,
-                **{"decoder_start_token_id": 0},
+                **start,
                 pad_token_id=0,
                 eos_token_id=0,
             )

@@ -28,7 +28,7 @@ class RoutingRecord:
     """One document's routing: T tokens through L MoE layers.
 
     Attributes:
-        token_ids: [T] int32.
+        token_ids: [T] int32, -1 where it is not known which token it was.
         phase: [T] uint8, values of :class:`Phase`.
         expert_ids: [T, L, K] int16; -1 where a slot was served by no expert (dropped over capacity),
             ids of E and above are kept as the model gave them (zero or skip experts).

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.restricted_pickle import Array, Record
+from specmoe.sources.importers.restricted_pickle import Array, Record
 
 __all__ = ["RECORD_CLASS", "Point", "Text", "join_texts", "read_points", "strip_padding"]
 

@@ -1,27 +1,26 @@
 """Import ``robust_traces.pkl``: a pickled list of gating data points, one text through one MoE layer each.
 
-The file is read by :mod:`specmoe.sources.restricted_pickle`, which runs nothing that it brings along. Such
+The file is read by :mod:`specmoe.sources.importers.restricted_pickle`, which runs nothing that it brings along. Such
 files are known to hold things that spoil what is learned from them; the importer looks for them and says so.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import sha256_file
-from specmoe.sources.gating_points import RECORD_CLASS, Point, Text, join_texts, read_points, strip_padding
 from specmoe.sources.hidden_probe import MINIMUM_TEXTS, probe_hidden
-from specmoe.sources.restricted_pickle import load_restricted
+from specmoe.sources.importers.base import ForeignTrace, ImportedDocument, Importer, ImportOptions, topology_of
+from specmoe.sources.importers.gating_points import RECORD_CLASS, Point, Text, join_texts, read_points, strip_padding
+from specmoe.sources.importers.restricted_pickle import load_restricted
 from specmoe.topology import Topology
-from specmoe.trace import Manifest, RoutingRecord, Source, TraceWriter
+from specmoe.trace import RoutingRecord
 
-__all__ = ["import_gating_pickle"]
+__all__ = ["IMPORTER"]
 
 _ROW_SUM_TOLERANCE = 1e-2  # half precision, many experts
 _LARGEST_FLOAT16 = 65504.0
@@ -29,14 +28,8 @@ _LARGEST_FLOAT16 = 65504.0
 _MOST_UNFOLDING = 64
 
 
-def import_gating_pickle(
-    path: Path,
-    out: Path,
-    *,
-    model_id: str = "unknown",
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[str]:
-    """Turn a pickled list of dicts or ``GatingDataPoint`` objects into a trace.
+def read(path: Path, options: ImportOptions) -> ForeignTrace:
+    """Open a pickled list of dicts or ``GatingDataPoint`` objects.
 
     Points with the same ``dataset_name`` and ``sample_id`` are the layers of one text. Points without
     ``sample_id`` join the text before them as long as their token ids are the same and their ``layer_id`` is
@@ -46,21 +39,13 @@ def import_gating_pickle(
     ``target_top_k`` gives the expert ids. ``target_routing`` is taken for the router's distribution p if
     all its rows are non-negative and sum to 1, and kept as logits log(p + 1e-9); otherwise it is taken for the
     logits. Gate weights are that distribution at the chosen experts. ``hidden_states`` become ``hidden`` (float16;
-    float32 where float16 overflows) if all points have them; without them the topology's hidden size is 1.
+    float32 where float16 overflows) if all points have them; without them the topology's hidden size is 0.
     Positions from ``sequence_length`` on, and trailing runs of one token id that most texts end with, are
     padding and left out. All tokens count as prefill.
 
-    Args:
-        path: the pickle. out: directory of the trace. model_id: of the model that was traced.
-        on_progress: called with texts written and texts in all.
-
-    Returns:
-        Warnings, one line each: what was dropped, and what makes the data doubtful.
-
     Raises:
         SpecmoeError: the file is no such pickle or asks for code to be run, a required field is missing or has
-            the wrong shape, a number is NaN or Inf, no text is complete, or ``out`` cannot be written. Nothing
-            is written to ``out`` before the whole file was checked.
+            the wrong shape, a number is NaN or Inf, or no text is complete. The whole file is checked here.
     """
     content = load_restricted(path, RECORD_CLASS)
     try:
@@ -68,30 +53,28 @@ def import_gating_pickle(
         texts, warnings = join_texts(points)
         warnings += strip_padding(texts)
         texts = _not_empty(texts, warnings)
-        topology = _topology(texts, model_id)
+        topology = _topology(texts, options)
         _check_unfolding(texts, topology, path.stat().st_size)
         is_distribution = _survey_routing(texts, warnings)
         hidden_dtype = _survey_hidden(points, texts, topology, warnings)
         _survey_gates(points, warnings)
     except SpecmoeError as error:
         raise SpecmoeError(f"{path}: {error}") from error
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(f"{text.doc_id}\0{_tokens_hash(text)}\0".encode())
-    settings = {"file_sha256": sha256_file(path), "routing": "distribution" if is_distribution else "logits"}
-    source = Source(kind="gating-pickle", text_sha256=digest.hexdigest(), settings=settings)
     fields = ("token_ids", "phase", "expert_ids", "gate_weights", "router_logits")
     if hidden_dtype is not None:
         fields = (*fields, "hidden")
     else:
-        topology = topology.model_copy(update={"hidden_size": 1})
-    with TraceWriter(out, Manifest(topology=topology, source=source, fields=fields)) as writer:
-        for number, text in enumerate(texts, 1):
-            if text.doc_id not in writer.written:
-                record = _record(text, is_distribution, hidden_dtype)
-                writer.add(text.doc_id, text.domain, _tokens_hash(text), record)
-            on_progress(number, len(texts))
-    return warnings
+        topology = topology.model_copy(update={"hidden_size": 0})
+    return ForeignTrace(
+        topology=topology,
+        fields=fields,
+        documents=(
+            ImportedDocument(text.doc_id, _record(text, is_distribution, hidden_dtype), text.domain) for text in texts
+        ),
+        count=len(texts),
+        settings={"routing": "distribution" if is_distribution else "logits"},
+        warnings=warnings,
+    )
 
 
 def _not_empty(texts: list[Text], warnings: list[str]) -> list[Text]:
@@ -103,15 +86,12 @@ def _not_empty(texts: list[Text], warnings: list[str]) -> list[Text]:
     return kept
 
 
-def _topology(texts: Sequence[Text], model_id: str) -> Topology:
+def _topology(texts: Sequence[Text], options: ImportOptions) -> Topology:
     layers = len(texts[0].points)
     point = next(iter(texts[0].points.values()))
     experts, top_k = point.experts, point.top_k_SK.shape[1]
     width = 1 if point.hidden_SD is None else point.hidden_SD.shape[1]
-    try:
-        return Topology(model_id=model_id, layers=layers, experts=experts, top_k=top_k, hidden_size=width)
-    except ValueError as error:
-        raise SpecmoeError(f"{layers} layers of {experts} experts, width {width}, are no possible model") from error
+    return topology_of(options, layers=layers, experts=experts, top_k=top_k, hidden_size=width)
 
 
 def _check_unfolding(texts: Sequence[Text], topology: Topology, file_bytes: int) -> None:
@@ -192,11 +172,6 @@ def _each_point(texts: Sequence[Text]) -> Iterator[tuple[Point, int]]:
             yield point, text.length
 
 
-def _tokens_hash(text: Text) -> str:
-    # The text itself is not in the file; equal token ids are equal texts.
-    return hashlib.sha256(text.token_ids_T.astype("<i4").tobytes()).hexdigest()
-
-
 def _record(text: Text, is_distribution: bool, hidden_dtype: torch.dtype | None) -> RoutingRecord:
     points, length = list(text.points.values()), text.length
     routing = torch.from_numpy(np.stack([point.routing_SE[:length] for point in points], 1).astype(np.float32))
@@ -214,3 +189,16 @@ def _record(text: Text, is_distribution: bool, hidden_dtype: torch.dtype | None)
         router_logits=(routing + 1e-9).log() if is_distribution else routing,
         hidden=hidden,
     )
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    # By name alone: a damaged pickle gets a better error from here than from no importer.
+    return path.suffix in {".pkl", ".pickle"}
+
+
+IMPORTER = Importer(
+    name="gating-pickle",
+    about="pickled gating data points of the original research script (read without running anything)",
+    read=read,
+    recognises=_recognises,
+)

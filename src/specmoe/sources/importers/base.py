@@ -1,0 +1,155 @@
+"""What an importer is: it turns one foreign layout into a topology and a stream of documents.
+
+A format that says nothing of the tokens, the gate weights or the number of experts leaves them out; nothing is made
+up. ``docs/trace-formats.md`` has a field table for every importer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specmoe.errors import SpecmoeError
+from specmoe.files import sha256_file
+from specmoe.topology import Topology
+from specmoe.trace import RoutingRecord
+
+__all__ = [
+    "UNKNOWN_TOKEN",
+    "ForeignTrace",
+    "ImportOptions",
+    "ImportedDocument",
+    "Importer",
+    "content_hash",
+    "files_of",
+    "fingerprint",
+    "topology_of",
+]
+
+# What stands in ``token_ids`` where a format does not say which token it was.
+UNKNOWN_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user knows and a file may not say.
+
+    Attributes:
+        model_id: name of the model that was traced.
+        experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
+    """
+
+    model_id: str = "unknown"
+    experts: int | None = None
+
+
+@dataclass(frozen=True)
+class ImportedDocument:
+    """One document (a prompt, a request, a run) as it goes into the trace.
+
+    Attributes:
+        doc_id: unique in the trace. domain: what the format groups documents by; empty if it does not.
+        record: its routing.
+    """
+
+    doc_id: str
+    record: RoutingRecord
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class ForeignTrace:
+    """A foreign file, opened.
+
+    Attributes:
+        topology: its shape, with hidden size 0 where it holds no hidden states.
+        fields: what every document's record holds (``hidden`` may be absent from some).
+        documents: streamed; may be iterated over once.
+        count: documents in all, None where that takes reading all of it.
+        settings: what the file says of how it was made, for the manifest.
+        warnings: what was dropped or looks doubtful, one line each; complete when ``documents`` is exhausted.
+        tokenizer: name of the tokenizer that the token ids belong to, if known.
+        routers: the routers' weights [L, E, D] and biases [L, E] or None, if the format brings them.
+    """
+
+    topology: Topology
+    fields: tuple[str, ...]
+    documents: Iterable[ImportedDocument]
+    count: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    tokenizer: str = ""
+    routers: tuple[Tensor, Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One format.
+
+    Attributes:
+        name: as ``--format`` takes it. about: one line: whose format it is and what it holds.
+        read: opens a file or folder; raises :class:`SpecmoeError` if it is not of this format or damaged.
+        recognises: whether a file or folder looks like this format, from its name and its first 64 KiB (empty for a
+            folder). Cheap, and never an error.
+    """
+
+    name: str
+    about: str
+    read: Callable[[Path, ImportOptions], ForeignTrace]
+    recognises: Callable[[Path, bytes], bool]
+
+
+def topology_of(options: ImportOptions, *, layers: int, experts: int, top_k: int, hidden_size: int = 0) -> Topology:
+    """A topology from what a file says; ``options.experts`` may only widen the number of experts.
+
+    Raises:
+        SpecmoeError: no model has this shape, or the file has more experts than the user says.
+    """
+    if options.experts is not None:
+        if options.experts < experts:
+            raise SpecmoeError(f"--experts {options.experts} is too few: expert id {experts - 1} occurs")
+        experts = options.experts
+    try:
+        return Topology(model_id=options.model_id, layers=layers, experts=experts, top_k=top_k, hidden_size=hidden_size)
+    except ValueError as error:
+        raise SpecmoeError(
+            f"{layers} layers of {experts} experts, top-{top_k}, width {hidden_size}, are no possible model"
+        ) from error
+
+
+def files_of(path: Path, *suffixes: str) -> list[Path]:
+    """``path`` itself, or the files with one of ``suffixes`` anywhere below it, sorted by name.
+
+    Raises:
+        SpecmoeError: there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(suffixes))
+    if not found:
+        raise SpecmoeError(f"{path} holds no {' or '.join(suffixes)} file")
+    return found
+
+
+def content_hash(record: RoutingRecord) -> str:
+    """Stands in for the hash of a document's text: equal tokens are equal texts, else equal routing is."""
+    known = bool((record.token_ids != UNKNOWN_TOKEN).any())
+    tensor = record.token_ids if known else record.expert_ids
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's file names and contents."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)}\0{sha256_file(file)}\0".encode())
+    return digest.hexdigest()

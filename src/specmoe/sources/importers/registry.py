@@ -1,0 +1,95 @@
+"""All formats that can be imported, and the one loop that imports them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from specmoe.errors import SpecmoeError, unknown_name
+from specmoe.sources.importers import gating_pickle
+from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
+from specmoe.trace import Manifest, Source, TraceWriter
+
+__all__ = ["IMPORTERS", "import_trace", "recognise"]
+
+# Recognised in this order: the strictest first.
+IMPORTERS: dict[str, Importer] = {importer.name: importer for importer in (gating_pickle.IMPORTER,)}
+
+_HEAD_BYTES = 64 << 10
+
+
+def recognise(path: Path) -> Importer:
+    """The importer whose format a file or folder looks like.
+
+    Raises:
+        SpecmoeError: there is nothing at ``path``, or no importer knows it.
+    """
+    head = b""
+    try:
+        if not path.is_dir():
+            with path.open("rb") as stream:
+                head = stream.read(_HEAD_BYTES)
+    except OSError as error:
+        raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
+    for importer in IMPORTERS.values():
+        if importer.recognises(path, head):
+            return importer
+    raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
+
+
+def import_trace(
+    path: Path,
+    out: Path,
+    *,
+    format: str | None = None,
+    options: ImportOptions | None = None,
+    on_progress: Callable[[int, int | None], None] = lambda _done, _total: None,
+) -> list[str]:
+    """Turn a foreign trace into ours. A run that was interrupted is continued by the same call.
+
+    Args:
+        path: file or folder. out: directory of the trace. format: a name of :data:`IMPORTERS`, None to recognise it.
+        options: what the file does not say.
+        on_progress: called with documents written and documents in all (None if that is not known).
+
+    Returns:
+        Warnings, one line each: what was dropped, and what makes the data doubtful.
+
+    Raises:
+        SpecmoeError: the file is missing, damaged, of another format, or holds no token; a full disk; or ``out``
+            holds another trace.
+    """
+    if format is not None and format not in IMPORTERS:
+        raise unknown_name("format", format, IMPORTERS)
+    if not path.exists():
+        raise SpecmoeError(f"{path} does not exist")
+    importer = IMPORTERS[format] if format is not None else recognise(path)
+    try:
+        foreign = importer.read(path, options or ImportOptions())
+        _write(foreign, _manifest(foreign, importer, path), out, on_progress)
+    except OSError as error:
+        raise SpecmoeError(f"{path} cannot be read: {error.strerror or error}") from error
+    return foreign.warnings
+
+
+def _manifest(foreign: ForeignTrace, importer: Importer, path: Path) -> Manifest:
+    settings = {"file": path.name, "file_sha256": fingerprint(path), **foreign.settings}
+    source = Source(kind=importer.name, tokenizer=foreign.tokenizer, settings=settings)
+    return Manifest(topology=foreign.topology, source=source, fields=foreign.fields)
+
+
+def _write(
+    foreign: ForeignTrace, manifest: Manifest, out: Path, on_progress: Callable[[int, int | None], None]
+) -> None:
+    with TraceWriter(out, manifest) as writer:
+        if foreign.routers is not None:
+            writer.keep_routers(*foreign.routers)
+        tokens = 0
+        # Documents of an interrupted import are read again, so that the format is checked whole, but not written.
+        for number, document in enumerate(foreign.documents, 1):
+            if document.doc_id not in writer.written:
+                writer.add(document.doc_id, document.domain, content_hash(document.record), document.record)
+            tokens += len(document.record)
+            on_progress(number, foreign.count)
+        if tokens == 0:
+            raise SpecmoeError("there is no token in it")
