@@ -418,7 +418,7 @@ def test_wrong_content_is_described(tmp_path: Path, content: Any, words: str) ->
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.pkl", tmp_path):
-        with pytest.raises(SpecmoeError, match="no known format|does not exist"):
+        with pytest.raises(SpecmoeError, match=r"no known format|does not exist"):
             import_trace(path, tmp_path / "trace")
 
 

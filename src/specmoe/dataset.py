@@ -304,7 +304,8 @@ def _router_output(record: object, experts: int) -> Tensor:
     """[T, L, E]: softmax of the logits, or the gate weights or ids spread out and normalised."""
     logits = getattr(record, "router_logits", None)
     if logits is not None:
-        return logits.softmax(-1)
+        # Zero experts take their share, but there is nothing to foresee in them.
+        return logits.softmax(-1)[..., :experts]
     ids: Tensor = record.expert_ids.long()  # type: ignore[attr-defined]
     gates = getattr(record, "gate_weights", None)
     slots = torch.where((ids < 0) | (ids >= experts), experts, ids)

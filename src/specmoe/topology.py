@@ -25,6 +25,7 @@ class Topology(BaseModel):
         model_id: hub id or name of the model. revision: commit or content hash of its weights.
         layers: MoE layers (L). experts: experts in a layer (E). top_k: experts a token is routed to (K).
         hidden_size: width of the router's input (D); 0 where it is not known.
+        zero_experts: ids from E on that compute nothing (zero or skip experts); routers have logits for them too.
         bytes_per_expert: size of one expert's weights as stored; None where unknown.
 
     Raises:
@@ -39,13 +40,19 @@ class Topology(BaseModel):
     experts: int = Field(ge=1, le=32767)
     top_k: int = Field(ge=1)
     hidden_size: int = Field(ge=0, le=1 << 20)
+    zero_experts: int = Field(default=0, ge=0, le=32767)
     bytes_per_expert: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Topology:
-        if self.top_k > self.experts:
+        if self.top_k > self.experts + self.zero_experts:
             raise ValueError(f"top_k {self.top_k} exceeds experts {self.experts}")
         return self
+
+    @property
+    def router_classes(self) -> int:
+        """What a router chooses among: experts and zero experts."""
+        return self.experts + self.zero_experts
 
     def place(self, source_layer: int, horizon: int) -> tuple[int, int]:
         """Where a horizon points: (tokens ahead, layer). Past the last layer it goes on at the next token."""

@@ -54,13 +54,15 @@ class NextRouter(Predictor):
         weight, bias = knowledge.router_weight_LED, knowledge.router_bias_LE
         if weight is None:
             raise SpecmoeError("NextRouter needs the routers' weights, which this trace does not keep; capture it anew")
+        # A router may also choose zero experts, which are not predicted.
+        weight = weight[:, : self.topology.experts]
         if weight.shape != self.weight_LED.shape:
             expected = list(self.weight_LED.shape)
             raise SpecmoeError(f"the trace's router weights have shape {list(weight.shape)}, expected {expected}")
         self.weight_LED.copy_(weight)
         self.bias_LE.zero_()
         if bias is not None:
-            self.bias_LE.copy_(bias)
+            self.bias_LE.copy_(bias[:, : self.topology.experts])
 
     def forward(self, window: Window) -> Tensor:
         """Logits [B, T, S, H, E].

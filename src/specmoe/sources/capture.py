@@ -17,8 +17,9 @@ from torch import Tensor
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import write_text
 from specmoe.sources.corpus import Document, text_hash
-from specmoe.sources.families import Family, router_sites
+from specmoe.sources.families import Family
 from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_like
+from specmoe.sources.model_shape import linear_routers
 from specmoe.sources.recording import ForwardRoutes, LayerRoute, Recorder, recorded_routes, run_model
 from specmoe.sources.timing import machine_name, measure_layer_us
 from specmoe.trace import Manifest, Phase, RoutingRecord, Source, Timing, TraceWriter
@@ -145,8 +146,10 @@ def collect(
             "untrained": untrained,
         },
     )
+    routers = linear_routers(loaded.model, loaded.family, loaded.stack)
     with TraceWriter(out, manifest, shard_bytes=SHARD_BYTES) as writer:
-        writer.keep_routers(*_router_weights(loaded))
+        if routers is not None:
+            writer.keep_routers(*routers)
         _keep_tokenizer(loaded, out)
         if writer.manifest.timing is None:
             layer_us = measure_layer_us(loaded.model, loaded.family, loaded.stack)
@@ -273,7 +276,7 @@ def encode_documents(
     loaded: LoadedModel, documents: Sequence[Document], longest: int, budget: int | None, seed: int
 ) -> tuple[list[Encoded], int]:
     """Token ids of every document that is to be read, in the drawn order, and how many are too short."""
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise SpecmoeError(f"the model reads at most {limit} tokens; lower --max-tokens-per-document from {longest}")
     names = [document.doc_id for document in documents]
@@ -378,11 +381,3 @@ def _check_finite(logits: Tensor, batch: list[Encoded], lengths: list[int]) -> N
                 "the model's run is at fault"
             )
         row -= length
-
-
-def _router_weights(loaded: LoadedModel) -> tuple[Tensor, Tensor | None]:
-    read = loaded.family.read_weights
-    weights, biases = zip(
-        *(read(site.router) for site in router_sites(loaded.model, loaded.family, loaded.stack)), strict=True
-    )
-    return torch.stack(weights), None if biases[0] is None else torch.stack(biases)

@@ -1,15 +1,17 @@
-"""One row per model family: where its routers are, and how to read what they say.
+"""One row per model family of transformers: how it routes, and what it does differently from the others.
 
-A Mixture-of-Experts block holds a router and its experts. The router is a module whose output holds
-the logits; the experts' arguments hold the ids and weights that are really executed. Both are read by
-hooks, so a new family is a new row here and no change elsewhere. The ids are never taken from the top-k
-of the logits: with capacity limits, group limits or correction biases the two differ.
+A Mixture-of-Experts block holds a router (``gate`` or ``router``) and, beside it, its ``experts``. Calling the router
+gives its logits first; the experts are called with the hidden states, the ids and the weights that are really
+executed. :mod:`specmoe.sources.recording` reads both by hooks. A family that departs from this says so in its row, so
+that a new one is a new row here and no change elsewhere. The ids are never taken from the top-k of the logits: with
+capacity limits, group limits, correction biases or hashed layers the two differ.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +19,20 @@ from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError, unknown_name
 
-__all__ = ["FAMILIES", "Family", "RouterSite", "family_of", "router_sites"]
+__all__ = ["EXCLUDED", "FAMILIES", "Family", "RouterSite", "family_of", "router_sites"]
 
 Route = tuple[Tensor, Tensor]
+# Parts of a multimodal model that text does not pass through.
+_NOT_TEXT = {"vision", "visual", "vision_tower", "vision_model", "vision_moe", "audio", "audio_tower", "talker"}
+
+
+def _first_output(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _ids_then_weights(_block: Any, arguments: tuple[Any, ...]) -> Route:
+    _, ids, weights = arguments
+    return ids, weights
 
 
 @dataclass(frozen=True)
@@ -27,64 +40,57 @@ class Family:
     """How one model family routes.
 
     Attributes:
-        model_type: ``config.model_type`` in transformers.
-        model_class: name of the transformers class that is loaded.
-        stacks: name of each stack of layers and the path of its layer list; the first is captured
-            unless another one is asked for.
-        block: path of the MoE block within a layer, as candidates (layers without it are dense).
-        router: name of the router within the block.
-        read_logits: router output → logits [..., E].
-        read_route: positional arguments of the experts' forward → ids [N, K] int64 and gate weights
-            [N, K]; id -1 with weight 0 marks a slot that no expert serves.
-        read_weights: router module → its weight [E, D] and its bias [E] or None.
-        scoring: how logits become gate weights.
+        name: its folder in ``transformers.models``, and its ``config.model_type`` (with or without ``_text``).
+        scoring: what makes weights of logits: ``softmax``, ``sigmoid`` or ``sqrt-softplus``; over all experts or over
+            the chosen ones comes to the same up to a factor.
+        bias: a correction bias is added to the scores for choosing only (Wang et al., 2024, auxiliary-loss-free).
+        groups: only the experts of the best groups can be chosen (DeepSeek-V2, 2024).
+        shared: there are shared experts that every token passes through.
+        dense: some layers have no experts, by default or by configuration.
+        zero: ids from E on are zero or skip experts, which compute nothing.
+        note: what else a reader of its traces should know.
+        stacks: name of each stack and the part of a block's path that marks it; the first is captured unless
+            another one is asked for.
         is_encoder_decoder: the model needs an encoder input beside the decoder's.
+        read_logits: router's output → logits [..., E].
+        read_executed: the block and the arguments of the experts' forward → ids [N, K] int64 and gate weights [N, K];
+            id -1 with weight 0 marks a slot that no expert serves. None where the experts are not told.
+        read_chosen: the router and its output → the same, for families whose experts are not told.
     """
 
-    model_type: str
-    model_class: str
-    stacks: dict[str, str]
-    block: tuple[str, ...]
-    router: str
-    read_logits: Callable[[Any], Tensor]
-    read_route: Callable[[tuple[Any, ...]], Route]
-    read_weights: Callable[[Any], tuple[Tensor, Tensor | None]]
+    name: str
     scoring: str = "softmax"
+    bias: bool = False
+    groups: bool = False
+    shared: bool = False
+    dense: bool = False
+    zero: bool = False
+    note: str = ""
+    stacks: dict[str, str] = field(default_factory=lambda: {"decoder": ""})
     is_encoder_decoder: bool = False
+    read_logits: Callable[[Any], Tensor] = _first_output
+    read_executed: Callable[[Any, tuple[Any, ...]], Route] | None = _ids_then_weights
+    read_chosen: Callable[[Any, Any], Route] | None = None
 
 
 @dataclass(frozen=True)
 class RouterSite:
-    """One MoE layer of a live model: the whole transformer layer, its router and its experts."""
+    """One MoE layer of a live model.
+
+    Attributes:
+        layer: its number among the MoE layers. path: of the MoE block. block: it. whole: the transformer layer
+            around it. router, experts: its parts (``experts`` is the block itself where there is no such part).
+    """
 
     layer: int
+    path: str
     block: nn.Module
+    whole: nn.Module
     router: nn.Module
     experts: nn.Module
 
 
-def _first_output(output: Any) -> Tensor:
-    return output[0]
-
-
-def _last_output(output: Any) -> Tensor:
-    return output[2]
-
-
-def _ids_then_weights(arguments: tuple[Any, ...]) -> Route:
-    _, ids, weights = arguments
-    return ids, weights
-
-
-def _own_weight(router: Any) -> tuple[Tensor, Tensor | None]:
-    return router.weight, getattr(router, "bias", None)
-
-
-def _classifier_weight(router: Any) -> tuple[Tensor, Tensor | None]:
-    return _own_weight(router.classifier)
-
-
-def _switch_dispatch(arguments: tuple[Any, ...]) -> Route:
+def _switch_dispatch(_block: Any, arguments: tuple[Any, ...]) -> Route:
     # Switch hands its experts a one-hot dispatch mask [N, 1, E]; a token over an expert's capacity has
     # an all-zero row and passes the layer by (Fedus et al., 2021, section 2.2).
     _, mask, probability = arguments
@@ -94,43 +100,180 @@ def _switch_dispatch(arguments: tuple[Any, ...]) -> Route:
     return ids, torch.where(served, probability.reshape(-1, 1), 0)
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="olmoe",
-            model_class="OlmoeForCausalLM",
-            stacks={"decoder": "model.layers"},
-            block=("mlp",),
-            router="gate",
-            read_logits=_first_output,
-            read_route=_ids_then_weights,
-            read_weights=_own_weight,
-        ),
-        Family(
-            model_type="switch_transformers",
-            model_class="SwitchTransformersForConditionalGeneration",
-            stacks={"decoder": "decoder.block", "encoder": "encoder.block"},
-            block=("layer.1.mlp", "layer.2.mlp"),
-            router="router",
-            read_logits=_last_output,
-            read_route=_switch_dispatch,
-            read_weights=_classifier_weight,
-            is_encoder_decoder=True,
-        ),
+def _logarithm(output: Any) -> Tensor:
+    # The floor is below every float32 probability that is not zero.
+    return output[0].clamp_min(1e-38).log()
+
+
+def _llama4_scores(router: Any, output: Any) -> Route:
+    # The scores beside the chosen are sigmoid(-inf) = 0; every expert runs, on inputs scaled by its score.
+    scores, logits = output
+    ids = logits.topk(router.top_k, -1).indices
+    return ids, scores.gather(-1, ids)
+
+
+def _jetmoe_groups(_router: Any, output: Any) -> Route:
+    # Slots sorted by expert, and how many each expert has: undone, they are the ids.
+    slots, _, weights, sizes, logits = output
+    expert_of_slot = torch.arange(len(sizes), device=slots.device).repeat_interleave(
+        torch.tensor(sizes, device=slots.device)
     )
+    ids = torch.empty_like(slots).index_copy_(0, slots, expert_of_slot)
+    by_token = torch.empty_like(weights).index_copy_(0, slots, weights)
+    return ids.view(len(logits), -1), by_token.view(len(logits), -1)
+
+
+def _zaya_skips(block: Any, arguments: tuple[Any, ...]) -> Route:
+    # A skipped token is sent to expert 0 with weight 0; a softmax probability itself is never 0.
+    _, ids, weights = arguments
+    return torch.where(weights == 0, block.gate.num_experts, ids), weights
+
+
+def _biased(name: str, **facts: Any) -> Family:
+    """DeepSeek-V3's router (2024) and its many descendants: sigmoid scores, a bias for choosing only."""
+    return Family(name, "sigmoid", bias=True, **facts)
+
+
+_ROWS = (
+    _biased("afmoe", shared=True, dense=True),
+    Family("aria", shared=True, note="text part of a vision-language model"),
+    _biased("axk1", groups=True, shared=True, dense=True),
+    _biased("axk2", groups=True, shared=True, dense=True),
+    _biased("bailing_hybrid", groups=True, shared=True, dense=True, note="linear and latent attention"),
+    _biased("beam", groups=True, dense=True),
+    Family("cohere2_moe", shared=True),
+    Family("dbrx", note="the router returns its logits alone"),
+    Family("deepseek_ocr2", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    Family("deepseek_v2", groups=True, shared=True, dense=True),
+    _biased("deepseek_v3", groups=True, shared=True, dense=True, note="also Kimi-K2 and others of its shape"),
+    _biased("deepseek_v32", groups=True, shared=True, dense=True),
+    Family(
+        "deepseek_v4",
+        "sqrt-softplus",
+        bias=True,
+        shared=True,
+        note="the first layers look their experts up by token id (hash routing); their logits only weigh them",
+    ),
+    Family(
+        "diffusion_gemma",
+        read_logits=_logarithm,
+        note="the text encoder; logits are log-probabilities; router and experts see different inputs",
+    ),
+    _biased("dots1", groups=True, shared=True, dense=True),
+    _biased("dots3_note", groups=True, shared=True, dense=True, note="text part of a multimodal model"),
+    Family("ernie4_5_moe", bias=True, shared=True, dense=True),
+    Family("ernie4_5_vl_moe", bias=True, dense=True, note="text experts of a vision-language model"),
+    _biased("exaone_moe", groups=True, shared=True, dense=True),
+    Family("flex_olmo"),
+    Family("flint", "sigmoid", shared=True, dense=True),
+    Family(
+        "gemma4",
+        read_logits=_logarithm,
+        note="logits are log-probabilities; router and experts see different inputs; a dense MLP runs beside them",
+    ),
+    _biased("glm4_moe", groups=True, shared=True, dense=True),
+    _biased("glm4_moe_lite", groups=True, shared=True, dense=True),
+    _biased("glm4v_moe", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    _biased("glm5_next", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    _biased("glm_moe_dsa", groups=True, shared=True, dense=True),
+    Family("gpt_oss"),
+    Family("granitemoe"),
+    Family("granitemoe_swa", shared=True),
+    Family("granitemoehybrid", shared=True, note="state-space and attention layers"),
+    Family("granitemoeshared", shared=True),
+    Family("hunyuan_v1_moe", shared=True),
+    _biased("hy_v3", shared=True, dense=True),
+    _biased("hy_v4", groups=True, shared=True, dense=True),
+    _biased("inkling", shared=True, note="shared experts are weighed by the same router"),
+    _biased("inkling2", note="text part of a multimodal model"),
+    Family("jamba", dense=True, note="state-space and attention layers"),
+    Family(
+        "jetmoe",
+        stacks={"mlp": r"\.mlp$", "attention": r"\.self_attention\.experts$"},
+        read_logits=lambda output: output[4],
+        read_executed=None,
+        read_chosen=_jetmoe_groups,
+        note="attention has experts too (Mixture of Attention heads): a stack of its own",
+    ),
+    _biased("kimi_linear", groups=True, shared=True, dense=True, note="linear and latent attention"),
+    _biased("kolibri1", shared=True),
+    _biased("laguna", shared=True, dense=True),
+    _biased("lfm2_moe", dense=True, note="convolution and attention layers"),
+    Family(
+        "llama4",
+        "sigmoid",
+        shared=True,
+        dense=True,
+        read_logits=lambda output: output[1],
+        read_executed=None,
+        read_chosen=_llama4_scores,
+        note="transformers computes every expert, on inputs scaled by its score",
+    ),
+    Family("longcat_flash", bias=True, zero=True, note="ids from E on are zero-computation experts"),
+    Family("mellum"),
+    _biased("mimo_v2_flash", groups=True, dense=True),
+    Family("minimax", note="linear and softmax attention"),
+    _biased("minimax_m2"),
+    _biased("minimax_m3_vl", shared=True, dense=True, note="text part of a vision-language model"),
+    Family("mistral4", groups=True, shared=True, dense=True),
+    Family("mistral_large4", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    Family("mixtral"),
+    _biased("muse_spark", note="experts see a projection of the router's input"),
+    _biased("nemotron_h", groups=True, shared=True, dense=True, note="state-space, attention and MoE layers"),
+    Family("olmoe"),
+    Family("openai_privacy_filter", note="a bidirectional encoder for token classification"),
+    Family("phimoe", "sparsemixer", note="two experts, each weighed against those close to it (SparseMixer, 2023)"),
+    Family("qwen2_moe", shared=True, dense=True),
+    Family("qwen3_5_moe", shared=True, note="linear and softmax attention"),
+    Family("qwen3_moe", dense=True),
+    Family("qwen3_next", shared=True, dense=True, note="linear and softmax attention"),
+    Family("qwen3_omni_moe", dense=True, note="the thinker's text part of a multimodal model"),
+    Family("qwen3_vl_moe", dense=True, note="text part of a vision-language model"),
+    Family("qwen4_exp", shared=True, note="linear and indexed attention"),
+    _biased("solar_open", groups=True, shared=True),
+    _biased("step3p7", shared=True, dense=True, note="text part of a vision-language model"),
+    Family(
+        "switch_transformers",
+        dense=True,
+        stacks={"decoder": r"^decoder\.", "encoder": r"^encoder\."},
+        is_encoder_decoder=True,
+        read_logits=lambda output: output[2],
+        read_executed=_switch_dispatch,
+        note="a token over an expert's capacity has no expert and is recorded as -1",
+    ),
+    Family("unlimited_ocr", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    Family(
+        "zaya",
+        bias=True,
+        zero=True,
+        read_executed=_zaya_skips,
+        note="id E is the skip expert; the router carries a state from layer to layer",
+    ),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
+
+# What transformers offers and we leave out, with the reason.
+EXCLUDED: dict[str, str] = {
+    "doge": "its retrieval of experts mixes tokens in a full forward pass, so there is no causal routing to record",
+    "nllb_moe": "transformers 5.23 reads its router's mask as expert ids, so only experts 0 and 1 ever run",
+    "vitpose_backbone": "its experts are picked by the data set's number; there is no router and no text",
 }
+_OTHER_NAMES = {"inkling_mm_model": "inkling", "step3p5": "step3p7", "nllb-moe": "nllb_moe"}
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a model type.
+    """The row of a ``config.model_type``; a text part (``..._text``) has its whole model's.
 
     Raises:
         SpecmoeError: there is no row for it.
     """
-    if model_type not in FAMILIES:
+    stem = re.sub(r"_(text|thinker|talker)$", "", model_type)
+    name = next((n for n in (_OTHER_NAMES.get(model_type), model_type, stem) if n in FAMILIES or n in EXCLUDED), None)
+    if name in EXCLUDED:
+        raise SpecmoeError(f"{model_type} models cannot be captured: {EXCLUDED[name]}")
+    if name is None:
         raise unknown_name("model family", model_type, FAMILIES)
-    return FAMILIES[model_type]
+    return FAMILIES[name]
 
 
 def router_sites(model: nn.Module, family: Family, stack: str | None = None) -> list[RouterSite]:
@@ -143,19 +286,26 @@ def router_sites(model: nn.Module, family: Family, stack: str | None = None) -> 
     if stack not in family.stacks:
         raise unknown_name("stack", stack, family.stacks)
     sites = []
-    for block in model.get_submodule(family.stacks[stack]).children():
-        for path in family.block:
-            router = _submodule(block, f"{path}.{family.router}")
-            experts = _submodule(block, f"{path}.experts")
-            if router is not None and experts is not None:
-                sites.append(RouterSite(len(sites), block, router, experts))
+    for path, block in model.named_modules():
+        router = _child(block, "gate") or _child(block, "router")
+        experts = _child(block, "experts") if family.read_executed is not None else block
+        if router is None or experts is None or _NOT_TEXT & set(path.split(".")):
+            continue
+        if re.search(family.stacks[stack], path):
+            whole = model.get_submodule(_layer_path(path))
+            sites.append(RouterSite(len(sites), path, block, whole, router, experts))
     if not sites:
-        raise SpecmoeError(f"the {stack} of this {family.model_type} model has no MoE layer")
+        raise SpecmoeError(f"the {stack} of this {family.name} model has no MoE layer")
     return sites
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
+def _child(block: nn.Module, name: str) -> nn.Module | None:
+    child = getattr(block, name, None)
+    return child if isinstance(child, nn.Module) else None
+
+
+def _layer_path(path: str) -> str:
+    """Path of the transformer layer that a block is part of: up to its number in the list of layers."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])

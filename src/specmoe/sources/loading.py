@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.files import sha256_file
-from specmoe.sources.families import Family, family_of, router_sites
-from specmoe.sources.recording import recorded_routes, run_model
+from specmoe.sources.families import Family, family_of
+from specmoe.sources.model_shape import tokenizer_hash, topology_of_model, weights_hash
 from specmoe.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "untrained_like"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Bytes of one number in a safetensors header's notation.
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -48,22 +43,30 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | Path, *, dtype: str = "float32", device: str = "cpu", stack: str | None = None
+    model: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
+    stack: str | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer from a local directory or from the hub.
 
-    A local directory never touches the network, and no code of a checkpoint is ever run.
+    A local directory never touches the network, and no code of a checkpoint is ever run. A quantised checkpoint is
+    loaded as its configuration says, with whatever package that takes.
 
     Args:
         model: directory, or hub id such as ``allenai/OLMoE-1B-7B-0924``.
-        dtype: one of :data:`DTYPES`, what the model computes in. device: a torch device.
+        dtype: one of :data:`DTYPES`, what the model computes in; ``auto`` for what the checkpoint is stored in.
+        device: a torch device. device_map: ``auto``, ``balanced`` and the like spread the model over several
+            GPUs (and take ``device``'s place); needs the package accelerate.
         stack: the stack whose shape the topology describes; None for the family's first.
 
     Raises:
         SpecmoeError: nothing is there, it is no model, its family is not supported, weights are missing or
-            damaged, or the hub cannot be reached.
+            damaged, a package is missing, or the hub cannot be reached.
     """
-    return _load(str(model), dtype, device, stack, seed=None)
+    return _load(str(model), _Run(dtype, device, device_map), stack, seed=None)
 
 
 def untrained_like(
@@ -74,50 +77,42 @@ def untrained_like(
     Raises:
         SpecmoeError: as :func:`load_model`.
     """
-    return _load(str(model), dtype, device, stack, seed=seed)
+    return _load(str(model), _Run(dtype, device, None), stack, seed=seed)
 
 
-def _load(model: str, dtype: str, device: str, stack: str | None, seed: int | None) -> LoadedModel:
-    import transformers
+@dataclass(frozen=True)
+class _Run:
+    """How a model is to compute: dtype, device, and how it is spread over several."""
 
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    dtype: str
+    device: str
+    device_map: str | None
+
+    @property
+    def torch_dtype(self) -> Any:
+        return self.dtype if self.dtype == "auto" else DTYPES[self.dtype]
+
+
+def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedModel:
+    if run.dtype != "auto" and run.dtype not in DTYPES:
+        raise unknown_name("dtype", run.dtype, [*DTYPES, "auto"])
     local = _is_local(model)
-    source: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
         family = family_of(_model_type(model, local))
+        if stack is not None and stack not in family.stacks:
+            raise unknown_name("stack", stack, family.stacks)
+        tokenizer = _tokenizer(model, local)
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
-        except Exception as error:
-            raise _cannot_load("the tokenizer of", model, local, error) from error
-        # Where the files are missing, transformers makes an empty tokenizer that knows no word.
-        if len(set(tokenizer("Six words become different token ids", add_special_tokens=False)["input_ids"])) < 5:
-            raise SpecmoeError(f"{model} has no tokenizer, or one without a vocabulary; put tokenizer.json there")
-        model_class = getattr(transformers, family.model_class)
-        try:
-            if seed is None:
-                live, info = model_class.from_pretrained(model, dtype=DTYPES[dtype], output_loading_info=True, **source)
-                missing = sorted(info["missing_keys"])
-            else:
-                config = transformers.AutoConfig.from_pretrained(model, **source)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    live = model_class(config)
-                missing = []
-            # transformers fills weights that a checkpoint lacks at random and only warns about it.
-            if missing:
-                raise SpecmoeError(
-                    f"{model} lacks {len(missing)} weights, {missing[0]} among them; get the model again"
-                )
-            live = live.to(device=device, dtype=DTYPES[dtype]).eval()
+            live = _trained(model, local, run) if seed is None else _untrained(model, local, run, seed)
+            live = live.eval()
+            stack = stack or next(iter(family.stacks))
+            topology = topology_of_model(live, family, stack, Path(model) if local else None)
         except SpecmoeError:
             raise
         except Exception as error:
             raise _cannot_load("", model, local, error) from error
-    stack = stack or next(iter(family.stacks))
-    topology = _topology(live, family, stack, Path(model) if local else None)
     name = Path(model).resolve().name if local else model
-    revision = _weights_hash(Path(model)) if local else str(getattr(live.config, "_commit_hash", None) or "")
+    revision = weights_hash(Path(model)) if local else str(getattr(live.config, "_commit_hash", None) or "")
     if seed is not None:
         name, revision = f"{name}-untrained", f"seed-{seed}"
     return LoadedModel(
@@ -126,18 +121,93 @@ def _load(model: str, dtype: str, device: str, stack: str | None, seed: int | No
         family=family,
         topology=topology.model_copy(update={"model_id": name, "revision": revision}),
         stack=stack,
-        tokenizer_id=_tokenizer_hash(tokenizer),
-        settings={
-            "dtype": dtype,
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "attention": str(getattr(live.config, "_attn_implementation", None)),
-            "experts": str(getattr(live.config, "_experts_implementation", None)),
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "stack": stack,
-            "untrained_seed": seed,
-        },
+        tokenizer_id=tokenizer_hash(tokenizer),
+        settings=_settings(live, family, run, stack, seed),
     )
+
+
+def _tokenizer(model: str, local: bool) -> Any:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        raise _cannot_load("the tokenizer of", model, local, error) from error
+    # Where the files are missing, transformers makes an empty tokenizer that knows no word.
+    if len(set(tokenizer("Six words become different token ids", add_special_tokens=False)["input_ids"])) < 5:
+        raise SpecmoeError(f"{model} has no tokenizer, or one without a vocabulary; put tokenizer.json there")
+    return tokenizer
+
+
+def _trained(model: str, local: bool, run: _Run) -> Any:
+    config = _config(model, local)
+    quantised = getattr(config, "quantization_config", None) is not None
+    options: dict[str, Any] = {"dtype": run.torch_dtype, "output_loading_info": True}
+    if run.device_map is not None or quantised:
+        options["device_map"] = run.device_map or run.device
+    live, info = _auto_class(config).from_pretrained(model, local_files_only=local, trust_remote_code=False, **options)
+    missing = sorted(info["missing_keys"])
+    # transformers fills weights that a checkpoint lacks at random and only warns about it.
+    if missing:
+        raise SpecmoeError(f"{model} lacks {len(missing)} weights, {missing[0]} among them; get the model again")
+    return live if "device_map" in options else live.to(device=run.device)
+
+
+def _untrained(model: str, local: bool, run: _Run, seed: int) -> Any:
+    config = _config(model, local)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        live = _auto_class(config).from_config(config)
+    return live.to(device=run.device, dtype=None if run.dtype == "auto" else run.torch_dtype)
+
+
+def _config(model: str, local: bool) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
+
+
+def _auto_class(config: Any) -> Any:
+    """The first of transformers' auto classes that knows a configuration; those with a language-model head first."""
+    import transformers
+
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultimodalLM",
+        "AutoModelForTokenClassification",
+        "AutoModel",
+    ):
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            return auto
+    raise SpecmoeError(f"transformers {transformers.__version__} has no model class for {config.model_type}")
+
+
+def _settings(live: Any, family: Family, run: _Run, stack: str, seed: int | None) -> dict[str, Any]:
+    import transformers
+
+    quantisation = getattr(live.config, "quantization_config", None)
+    if quantisation is not None and not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    text = live.config.get_text_config()
+    return {
+        "dtype": str(live.dtype).removeprefix("torch."),
+        "quantization": None if quantisation is None else str(quantisation.get("quant_method")),
+        "device": torch.cuda.get_device_name(run.device) if run.device.startswith("cuda") else run.device,
+        "device_map": run.device_map,
+        "attention": str(getattr(text, "_attn_implementation", None)),
+        "experts": str(getattr(text, "_experts_implementation", None)),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "family": family.name,
+        "scoring": family.scoring,
+        "correction_bias": family.bias,
+        "group_limited": family.groups,
+        "stack": stack,
+        "untrained_seed": seed,
+    }
 
 
 def _is_local(model: str) -> bool:
@@ -172,54 +242,6 @@ def _cannot_load(part: str, model: str, local: bool, error: Exception) -> Specmo
     if local:
         return SpecmoeError(f"cannot load {subject}: {reason}")
     return SpecmoeError(f"cannot get {subject} from the hub; check name and network, or give a directory ({reason})")
-
-
-def _topology(model: Any, family: Family, stack: str, directory: Path | None) -> Topology:
-    """Shapes as a one-token run shows them, so that no config field has to be known by name."""
-    sites = router_sites(model, family, stack)
-    with torch.inference_mode(), recorded_routes(model, family, stack) as recorder:
-        run_model(model, family, [[0, 0]])
-    layer = recorder.take()[0].layers[0]
-    experts = layer.logits.shape[-1]
-    numbers = sum(parameter.numel() for parameter in sites[0].experts.parameters()) // experts
-    item_bytes = _stored_item_bytes(directory) if directory is not None else None
-    if item_bytes is None:
-        stored = getattr(model.config, "dtype", None)
-        item_bytes = stored.itemsize if isinstance(stored, torch.dtype) else 4
-    return Topology(
-        model_id="",
-        layers=len(sites),
-        experts=experts,
-        top_k=layer.ids.shape[-1],
-        hidden_size=layer.hidden.shape[-1],
-        bytes_per_expert=numbers * item_bytes,
-    )
-
-
-def _stored_item_bytes(directory: Path) -> int | None:
-    """Bytes of one number of an expert as the checkpoint stores it; None if it has no safetensors."""
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if "expert" in name:
-                        return _ITEM_BYTES.get(file.get_slice(name).get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise SpecmoeError(f"{path} cannot be read: {error}") from error
-    return None
-
-
-def _weights_hash(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]):
-        digest.update(f"{path.name}\0{sha256_file(path)}\0".encode())
-    return digest.hexdigest()[:16]
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @contextmanager

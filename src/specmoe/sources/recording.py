@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.families import Family, router_sites
+from specmoe.sources.families import Family, RouterSite, router_sites
 
 __all__ = ["ForwardRoutes", "LayerRoute", "Recorder", "recorded_routes", "run_model"]
 
@@ -34,9 +34,15 @@ class LayerRoute:
 
 @dataclass(frozen=True)
 class ForwardRoutes:
-    """One forward pass of a stack: its token ids [N] (documents of a batch one behind the other) and layers."""
+    """One forward pass of a stack, documents of a batch one behind the other, padding left out.
+
+    Attributes:
+        token_ids: [N]; -1 where the model was given embeddings. rows: [N] int64, each token's row in the batch.
+        layers: one entry per MoE layer.
+    """
 
     token_ids: Tensor
+    rows: Tensor
     layers: list[LayerRoute]
 
 
@@ -63,20 +69,37 @@ class Recorder:
         for layer in range(self._layers):
             if layer not in self._routers or layer not in self._routes:
                 raise SpecmoeError(f"MoE layer {layer} ran without its router or its experts; its route is unknown")
-        token_ids: Tensor = self._inputs["input_ids"]
-        mask: Tensor | None = self._inputs.get("attention_mask")
-        kept: Tensor | None = None
-        if mask is not None and mask.ndim == 2:
-            # While decoding, the mask also covers the tokens that are already in the cache.
-            kept = mask[:, -token_ids.shape[1] :].flatten().bool()
-            kept = None if bool(kept.all()) else kept
-        layers = [
-            LayerRoute(*(tensor if kept is None else tensor[kept] for tensor in (*self._routers[i], *self._routes[i])))
-            for i in range(self._layers)
-        ]
+        token_ids = _token_ids(self._inputs)
+        batch, length = token_ids.shape
+        rows = torch.arange(batch, device=token_ids.device).repeat_interleave(length)
         token_ids = token_ids.flatten()
-        self._finished.append(ForwardRoutes(token_ids if kept is None else token_ids[kept], layers))
+        layers = [(*self._routers[i], *self._routes[i]) for i in range(self._layers)]
+        for layer, (hidden, *_) in enumerate(layers):
+            if len(hidden) != batch * length:
+                raise SpecmoeError(f"MoE layer {layer} saw {len(hidden)} of {batch * length} tokens; is that all text?")
+        kept = _kept(self._inputs.get("attention_mask"), length)
+        if kept is not None:
+            token_ids, rows = token_ids[kept], rows[kept]
+            layers = [tuple(tensor[kept.to(tensor.device)] for tensor in layer) for layer in layers]
+        self._finished.append(ForwardRoutes(token_ids, rows, [LayerRoute(*layer) for layer in layers]))
         self._open({})
+
+
+def _token_ids(inputs: dict[str, Any]) -> Tensor:
+    ids = inputs.get("input_ids")
+    if ids is not None:
+        return ids
+    embeddings: Tensor = inputs["inputs_embeds"]
+    return torch.full(embeddings.shape[:2], -1, device=embeddings.device)
+
+
+def _kept(mask: Any, length: int) -> Tensor | None:
+    """Which tokens are no padding, None if all."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    # While decoding, the mask also covers the tokens that are already in the cache.
+    kept = mask[:, -length:].flatten().bool()
+    return None if bool(kept.all()) else kept
 
 
 @contextmanager
@@ -91,7 +114,7 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
         SpecmoeError: no such stack, or it has no MoE layer.
     """
     sites = router_sites(model, family, stack)
-    owner = model.get_submodule(family.stacks[stack or next(iter(family.stacks))].rpartition(".")[0])
+    owner = _reader(model, family, stack)
     recorder = Recorder(len(sites))
 
     def opened(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -100,17 +123,20 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
     def closed(_module: nn.Module, _arguments: Any, _output: Any) -> None:
         recorder._close()
 
-    def router_ran(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def router_ran(site: RouterSite) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            hidden = arguments[0] if arguments else named["hidden_states"]
             logits = family.read_logits(output)
-            recorder._routers[layer] = arguments[0].detach().flatten(0, -2), logits.detach().flatten(0, -2)
+            recorder._routers[site.layer] = hidden.detach().flatten(0, -2), logits.detach().flatten(0, -2)
+            if family.read_chosen is not None:
+                recorder._routes[site.layer] = _detached(family.read_chosen(site.router, output))
 
         return hook
 
-    def experts_run(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            ids, weights = family.read_route(arguments)
-            recorder._routes[layer] = ids.detach(), weights.detach()
+    def experts_run(site: RouterSite) -> Callable[..., None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            assert family.read_executed is not None
+            recorder._routes[site.layer] = _detached(family.read_executed(site.block, (*arguments, *named.values())))
 
         return hook
 
@@ -119,12 +145,25 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
         handles.append(owner.register_forward_pre_hook(opened, with_kwargs=True))
         handles.append(owner.register_forward_hook(closed))
         for site in sites:
-            handles.append(site.router.register_forward_hook(router_ran(site.layer)))
-            handles.append(site.experts.register_forward_pre_hook(experts_run(site.layer)))
+            handles.append(site.router.register_forward_hook(router_ran(site), with_kwargs=True))
+            if family.read_executed is not None:
+                handles.append(site.experts.register_forward_pre_hook(experts_run(site), with_kwargs=True))
         yield recorder
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _reader(model: Any, family: Family, stack: str | None) -> nn.Module:
+    """The module that is given the token ids of a stack."""
+    if family.is_encoder_decoder:
+        return model.get_submodule(stack or next(iter(family.stacks)))
+    return model.base_model
+
+
+def _detached(route: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    ids, weights = route
+    return ids.detach(), weights.detach()
 
 
 def run_model(model: Any, family: Family, documents: Sequence[Sequence[int]]) -> None:

@@ -40,8 +40,8 @@ def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, st
     torch.set_num_threads(1)
     try:
         for site in router_sites(model, family, stack):
-            handles.append(site.block.register_forward_pre_hook(before))
-            handles.append(site.block.register_forward_hook(after))
+            handles.append(site.whole.register_forward_pre_hook(before))
+            handles.append(site.whole.register_forward_hook(after))
         with torch.inference_mode():
             _decode(model, family, stack, steps, seconds.clear)
     finally:

@@ -33,7 +33,7 @@ class RoutingRecord:
         expert_ids: [T, L, K] int16; -1 where a slot was served by no expert (dropped over capacity),
             ids of E and above are kept as the model gave them (zero or skip experts).
         gate_weights: [T, L, K] float32, the weight of each expert's output; None if not kept.
-        router_logits: [T, L, E] float32; None if not kept.
+        router_logits: [T, L, E + zero experts] float32; None if not kept.
         hidden: [T, L, D] float16, bfloat16 or float32, the input of each layer's router; None if not
             kept for this document.
     """
@@ -105,6 +105,6 @@ def field_shape(name: str, topology: Topology) -> tuple[int, ...]:
         "phase": (),
         "expert_ids": (topology.layers, topology.top_k),
         "gate_weights": (topology.layers, topology.top_k),
-        "router_logits": (topology.layers, topology.experts),
+        "router_logits": (topology.layers, topology.router_classes),
         "hidden": (topology.layers, topology.hidden_size),
     }[name]
