@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from specmoe.sources.bundled import bundled_model
-from specmoe.sources.capture import SHARD_BYTES, Keep, batched, encode_documents, write_routes
+from specmoe.sources.batches import batched, encode_documents
+from specmoe.sources.capture import SHARD_BYTES, Keep, write_routes
 from specmoe.sources.corpus import standard_library
 from specmoe.sources.loading import load_model
 from specmoe.sources.recording import run_model

@@ -597,6 +597,7 @@ def test_a_hidden_dtype_that_overflows(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_options_that_make_no_sense(olmoe_dir: Path, tmp_path: Path) -> None:
+    texts = [*documents(), Document("long", "domain0", "the router sends every token " * 100)]
     for options, message in [
         ({"max_tokens_per_document": 0}, "--max-tokens-per-document must be at least 1"),
         ({"max_tokens": -1}, "--max-tokens must be at least 1"),
@@ -606,7 +607,7 @@ def test_options_that_make_no_sense(olmoe_dir: Path, tmp_path: Path) -> None:
         ({"stack": "encoder"}, "unknown stack 'encoder'"),
     ]:
         with pytest.raises(SpecmoeError, match=message):
-            collect(olmoe_dir, documents(), tmp_path / "trace", **{"max_tokens_per_document": 64, **options})
+            collect(olmoe_dir, texts, tmp_path / "trace", **{"max_tokens_per_document": 64, **options})
     with pytest.raises(SpecmoeError, match="two documents are named 'doc1'"):
         collect(olmoe_dir, [*documents(), documents()[1]], tmp_path / "trace", max_tokens_per_document=64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from specmoe.cli import run_verb
 from specmoe.errors import SpecmoeError
 from specmoe.sources.families import EXCLUDED, FAMILIES, Family, family_of, router_sites
+from specmoe.sources.importers import IMPORTERS
 from specmoe.sources.recording import LayerRoute, recorded_routes
 from tiny_models import TINY, VOCABULARY, offered_families, tiny_model
 
@@ -170,3 +173,16 @@ def test_padding_is_stripped_on_either_side(name: str, side: str) -> None:
     assert torch.equal(forward.token_ids, ids[mask.bool()])
     assert forward.rows.tolist() == [0] * 5 + [1] * 8
     assert all(len(layer.ids) == 13 for layer in forward.layers)
+
+
+def test_the_verbs_that_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(["families"]) == 0
+    page = capsys.readouterr().out
+    assert re.search(r"^deepseek_v3 +sigmoid +correction bias; group limits; shared experts; dense layers", page, re.M)
+    assert "nllb_moe" in page.split("Left out")[1]
+    assert run_verb(["families", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["families"]) == len(FAMILIES)
+    assert run_verb(["formats", "--json"]) == 0
+    assert {row["format"] for row in json.loads(capsys.readouterr().out)} == set(IMPORTERS)
+    assert run_verb(["formats"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(IMPORTERS)

@@ -21,27 +21,40 @@ def register(app: typer.Typer) -> None:
 def collect(
     out: Out,
     model: Annotated[
-        str, typer.Option(help="Directory or hub id of an OLMoE or Switch model; 'bundled' needs no download.")
+        str, typer.Option(help="Directory or hub id (specmoe families lists what can be); 'bundled' needs no download.")
     ] = "bundled",
     text: Annotated[
-        list[Path] | None, typer.Option(help="Files or folders to read; default: the held-out standard library.")
+        list[str] | None,
+        typer.Option(
+            help="Files, folders, JSONL with texts, or hub:NAME of a dataset; default: the held-out standard library."
+        ),
     ] = None,
     tokens_per_document: Annotated[int, typer.Option(min=2, help="Each document is cut there.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
     keep_hidden: Annotated[str, typer.Option(help="Router inputs: all, none, or sample:0.1 of the documents.")] = "all",
     hidden_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     stack: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (default) or encoder.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(min=1, help="Let the model continue each document by so many tokens.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of --generate; 0 takes the likeliest token.")] = 0.0,
     untrained: Annotated[bool, typer.Option(help="Random weights of the same shape, as a control.")] = False,
     seed: Annotated[int, typer.Option(help="Order of documents, and the weights of --untrained.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "float32",
     device: Device = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread over several GPUs: auto, balanced, sequential (needs accelerate).")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Let a model read text and write its routing to a trace."""
+    """Let a model read text, and continue it if asked to, and write its routing to a trace."""
     from specmoe.cli.steps import collect_trace
-    from specmoe.sources.corpus import read_documents, standard_library
+    from specmoe.sources.corpus import standard_library
+    from specmoe.sources.generation import Generation
+    from specmoe.sources.texts import read_texts
     from specmoe.trace import Trace
 
-    documents = read_documents(text) if text else standard_library("held-out")
+    documents = read_texts(text) if text else standard_library("held-out")
     collect_trace(
         model,
         documents,
@@ -54,7 +67,10 @@ def collect(
         stack=stack,
         untrained=untrained,
         seed=seed,
+        generation=Generation(generate, temperature, seed) if generate is not None else None,
+        dtype=dtype,
         device=resolve_device(device),
+        device_map=device_map,
     )
     _tell(Trace.open(out), json)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,13 +15,14 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import write_text
+from specmoe.sources.batches import Encoded, batched, encode_documents
 from specmoe.sources.corpus import Document, text_hash
-from specmoe.sources.families import Family
+from specmoe.sources.generation import BatchRoutes, Generation, join, run_generation
 from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_like
 from specmoe.sources.model_shape import linear_routers
 from specmoe.sources.recording import ForwardRoutes, LayerRoute, Recorder, recorded_routes, run_model
 from specmoe.sources.timing import machine_name, measure_layer_us
-from specmoe.trace import Manifest, Phase, RoutingRecord, Source, Timing, TraceWriter
+from specmoe.trace import Manifest, RoutingRecord, Source, Timing, TraceWriter
 from specmoe.trace.record import is_finite
 from specmoe.trace.writer import fields_of, keeps_hidden
 
@@ -63,21 +63,6 @@ class CaptureProgress:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A document and the token ids that the model reads of it."""
-
-    document: Document
-    ids: list[int]
-
-    def captured(self, family: Family, stack: str) -> list[int]:
-        """The ids that the captured stack reads."""
-        if not family.is_encoder_decoder:
-            return self.ids
-        half = len(self.ids) // 2
-        return self.ids[:half] if stack == "encoder" else self.ids[half:]
-
-
 def collect(
     model: str | Path,
     documents: Sequence[Document],
@@ -91,9 +76,11 @@ def collect(
     stack: str | None = None,
     batch_tokens: int = 2048,
     untrained: bool = False,
+    generation: Generation | None = None,
     seed: int = 0,
     dtype: str = "float32",
     device: str = "cpu",
+    device_map: str | None = None,
     on_progress: Callable[[CaptureProgress], None] = lambda _: None,
 ) -> Path:
     """Let a model read documents and write its routing to a trace.
@@ -112,7 +99,8 @@ def collect(
         stack: which stack of an encoder-decoder is captured; None for the family's first.
         batch_tokens: padded tokens in a forward pass (one document at least).
         untrained: use random weights drawn from ``seed``, as a control.
-        dtype: what the model computes in. device: where.
+        generation: let the model continue each document, which is its prompt; None to read only.
+        dtype: what the model computes in. device: where. device_map: how it is spread over several GPUs.
         on_progress: called after each batch.
 
     Returns:
@@ -128,9 +116,17 @@ def collect(
     for name, value in (("max_tokens_per_document", max_tokens_per_document), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise SpecmoeError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    load = load_model if not untrained else _untrained(seed)
-    loaded = load(model, dtype=dtype, device=device, stack=stack)
-    encoded, skipped = encode_documents(loaded, documents, max_tokens_per_document, max_tokens, seed)
+    if untrained and device_map is not None:
+        raise SpecmoeError("--untrained makes its weights on one device; leave --device-map out")
+    if untrained:
+        loaded = untrained_like(model, seed, dtype=dtype, device=device, stack=stack)
+    else:
+        loaded = load_model(model, dtype=dtype, device=device, device_map=device_map, stack=stack)
+    if generation is not None and loaded.stack == "encoder":
+        raise SpecmoeError("an encoder writes nothing; leave --generate out, or capture the decoder")
+    encoded, skipped = encode_documents(
+        loaded, documents, max_tokens_per_document, max_tokens, seed, generation.tokens if generation else 0
+    )
     batches = batched(encoded, batch_tokens, seed)
     manifest = _manifest(
         loaded,
@@ -144,6 +140,8 @@ def collect(
             "batch_tokens": batch_tokens,
             "seed": seed,
             "untrained": untrained,
+            "generate": generation.tokens if generation else 0,
+            "temperature": generation.temperature if generation else None,
         },
     )
     routers = linear_routers(loaded.model, loaded.family, loaded.stack)
@@ -154,8 +152,9 @@ def collect(
         if writer.manifest.timing is None:
             layer_us = measure_layer_us(loaded.model, loaded.family, loaded.stack)
             writer.set_timing(Timing(layer_us_p50=layer_us, machine=machine_name(device)))
-        report = _Report(writer, encoded, loaded, skipped, on_progress)
-        write_routes(loaded, batches, writer, Keep(keep_hidden, DTYPES[hidden_dtype], keep_logits), report)
+        report = _Report(writer, encoded, loaded, skipped, on_progress, generation.tokens if generation else 0)
+        keep = Keep(keep_hidden, DTYPES[hidden_dtype], keep_logits)
+        write_routes(loaded, batches, writer, keep, report, generation)
     return out
 
 
@@ -164,10 +163,6 @@ def _keep_tokenizer(loaded: LoadedModel, out: Path) -> None:
     backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
     if backend is not None:
         write_text(out / "tokenizer.json", backend.to_str())
-
-
-def _untrained(seed: int) -> Callable[..., LoadedModel]:
-    return lambda model, **options: untrained_like(model, seed, **options)
 
 
 @dataclass(frozen=True)
@@ -185,6 +180,7 @@ def write_routes(
     writer: TraceWriter,
     keep: Keep,
     report: Callable[[list[tuple[Encoded, RoutingRecord]]], None] = lambda _: None,
+    generation: Generation | None = None,
 ) -> None:
     """Run every batch that has a document which the writer lacks, and write those documents.
 
@@ -207,19 +203,31 @@ def write_routes(
     writing: Future[list[tuple[Encoded, RoutingRecord]]] | None = None
     # A batch is written while the model reads the next one: waiting for the disk would cost most of the overhead.
     with recorded_routes(loaded.model, loaded.family, loaded.stack) as recorder, ThreadPoolExecutor(1) as thread:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             if all(entry.document.doc_id in written for entry in batch):
                 continue
             with torch.inference_mode():
-                run_model(loaded.model, loaded.family, [entry.ids for entry in batch])
-                (routes,) = recorder.take()
-                records = _records(routes, batch, loaded, keep)
+                routes = _run(loaded, batch, generation, number, recorder)
+                records = _records(routes, batch, keep)
             if writing is not None:
                 report(writing.result())
             lacking = [pair for pair in records if pair[0].document.doc_id not in written]
             writing = thread.submit(write, lacking)
         if writing is not None:
             report(writing.result())
+
+
+def _run(
+    loaded: LoadedModel, batch: list[Encoded], generation: Generation | None, number: int, recorder: Recorder
+) -> BatchRoutes:
+    """Let the model read, or read and continue, one batch."""
+    ids = [entry.ids for entry in batch]
+    written = None
+    if generation is None:
+        run_model(loaded.model, loaded.family, ids)
+    else:
+        written = run_generation(loaded.model, loaded.family, ids, generation, number)
+    return join(recorder.take(), len(batch), written)
 
 
 class _Report:
@@ -232,17 +240,23 @@ class _Report:
         loaded: LoadedModel,
         skipped: int,
         on_progress: Callable[[CaptureProgress], None],
+        written: int = 0,
     ) -> None:
-        lengths = {entry.document.doc_id: len(entry.captured(loaded.family, loaded.stack)) for entry in encoded}
+        # Of a continued document, as many tokens as it may get.
+        lengths = {
+            entry.document.doc_id: len(entry.captured(loaded.family, loaded.stack)) + written for entry in encoded
+        }
         self._writer, self._skipped, self._tell = writer, skipped, on_progress
         self._documents_total, self._tokens_total = len(lengths), sum(lengths.values())
         self._documents = len(writer.written)
+        self._lengths = lengths
         self._tokens = sum(lengths.get(doc_id, 0) for doc_id in writer.written)
-        self._tokens_before, self._start = self._tokens, time.monotonic()
+        self._recorded, self._start = 0, time.monotonic()
 
     def __call__(self, records: list[tuple[Encoded, RoutingRecord]]) -> None:
         self._documents += len(records)
-        self._tokens += sum(len(record) for _, record in records)
+        self._tokens += sum(self._lengths[entry.document.doc_id] for entry, _ in records)
+        self._recorded += sum(len(record) for _, record in records)
         seconds = max(time.monotonic() - self._start, 1e-9)
         self._tell(
             CaptureProgress(
@@ -251,7 +265,7 @@ class _Report:
                 tokens=self._tokens,
                 tokens_total=self._tokens_total,
                 skipped=self._skipped,
-                tokens_per_second=(self._tokens - self._tokens_before) / seconds,
+                tokens_per_second=self._recorded / seconds,
                 bytes=sum(shard.bytes for shard in self._writer.manifest.shards),
             )
         )
@@ -272,70 +286,16 @@ def _manifest(
     )
 
 
-def encode_documents(
-    loaded: LoadedModel, documents: Sequence[Document], longest: int, budget: int | None, seed: int
-) -> tuple[list[Encoded], int]:
-    """Token ids of every document that is to be read, in the drawn order, and how many are too short."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise SpecmoeError(f"the model reads at most {limit} tokens; lower --max-tokens-per-document from {longest}")
-    names = [document.doc_id for document in documents]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SpecmoeError(f"two documents are named {twice!r}; rename one, or capture them to two traces")
-    order = list(documents)
-    random.Random(f"documents {seed}").shuffle(order)
-    mark = loaded.tokenizer.bos_token_id
-    front = [] if mark is None else [mark]
-    shortest = 2 if loaded.family.is_encoder_decoder else 1
-    known = loaded.model.get_input_embeddings().num_embeddings
-    encoded, skipped, left = [], 0, budget
-    for start in range(0, len(order), 64):
-        chunk = order[start : start + 64]
-        texts = [document.text for document in chunk]
-        rows = loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for document, row in zip(chunk, rows, strict=True):
-            ids = [*front, *row][:longest][:left]
-            if not row or len(ids) < shortest:
-                skipped += 1
-                continue
-            if max(ids) >= known:
-                raise SpecmoeError(f"document {document.doc_id!r} has token {max(ids)}; the model knows {known} tokens")
-            encoded.append(Encoded(document, ids))
-            left = None if left is None else left - len(ids)
-        if left is not None and left < shortest:
-            break
-    if not encoded:
-        raise SpecmoeError("no document has enough text to be read; give other files with --text")
-    return encoded, skipped
-
-
-def batched(encoded: list[Encoded], batch_tokens: int, seed: int) -> list[list[Encoded]]:
-    """Documents of similar length together. A function of the whole list alone, so that resuming is exact."""
-    batches: list[list[Encoded]] = []
-    for entry in sorted(encoded, key=lambda entry: len(entry.ids), reverse=True):
-        # The first document of a batch is its longest.
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= batch_tokens:
-            batches[-1].append(entry)
-        else:
-            batches.append([entry])
-    # In random order, so that the speed of the first batches foretells that of the rest.
-    random.Random(f"batches {seed}").shuffle(batches)
-    return batches
-
-
-def _records(
-    routes: ForwardRoutes, batch: list[Encoded], loaded: LoadedModel, keep: Keep
-) -> list[tuple[Encoded, RoutingRecord]]:
-    """Cut a forward pass into documents, and make sure that every number is one."""
-    lengths = [len(entry.captured(loaded.family, loaded.stack)) for entry in batch]
+def _records(routes: BatchRoutes, batch: list[Encoded], keep: Keep) -> list[tuple[Encoded, RoutingRecord]]:
+    """Cut a batch into documents, and make sure that every number is one."""
+    lengths = routes.lengths
     kept = [keeps_hidden(entry.document.doc_id, keep.hidden) for entry in batch]
     logits = _stacked([layer.logits for layer in routes.layers], torch.float32)
     if not keep.logits:
         _check_finite(logits, batch, lengths)
     ids = _stacked([layer.ids for layer in routes.layers], torch.int16).split(lengths)
     weights = _stacked([layer.weights for layer in routes.layers], torch.float32).split(lengths)
-    token_ids = routes.token_ids.to("cpu", torch.int32).split(lengths)
+    token_ids, phase = routes.token_ids.to("cpu", torch.int32).split(lengths), routes.phase.split(lengths)
     hidden: Sequence[Tensor | None] = [None] * len(batch)
     if any(kept):
         rows = torch.tensor(kept).repeat_interleave(torch.tensor(lengths))
@@ -349,7 +309,7 @@ def _records(
             entry,
             RoutingRecord(
                 token_ids=token_ids[i],
-                phase=torch.full((lengths[i],), Phase.PREFILL, dtype=torch.uint8),
+                phase=phase[i],
                 expert_ids=ids[i],
                 gate_weights=weights[i],
                 router_logits=piece if keep.logits else None,

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.families import Family, RouterSite, router_sites
 
-__all__ = ["ForwardRoutes", "LayerRoute", "Recorder", "recorded_routes", "run_model"]
+__all__ = ["ForwardRoutes", "LayerRoute", "Recorder", "TokenIds", "padded", "recorded_routes", "run_model"]
+
+# One document's token ids.
+TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class LayerRoute:
         ids: [N, K] int64, the experts that were really executed, -1 for a slot without one.
         weights: [N, K], the weight of each expert's output.
     """
+
+    FIELDS: ClassVar = ("hidden", "logits", "ids", "weights")
 
     hidden: Tensor
     logits: Tensor
@@ -166,15 +172,15 @@ def _detached(route: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return ids.detach(), weights.detach()
 
 
-def run_model(model: Any, family: Family, documents: Sequence[Sequence[int]]) -> None:
+def run_model(model: Any, family: Family, documents: Sequence[TokenIds]) -> None:
     """One forward pass over token ids, padded on the right. What it computes is read by the hooks.
 
     A decoder reads each document from its start. An encoder-decoder reads the first half and continues
     with the second, as its pretraining does (prefix language modelling, Raffel et al., 2020).
     """
     if family.is_encoder_decoder:
-        first, first_mask = _padded([ids[: len(ids) // 2] for ids in documents], model.device)
-        second, second_mask = _padded([ids[len(ids) // 2 :] for ids in documents], model.device)
+        first, first_mask = padded([ids[: len(ids) // 2] for ids in documents], model.device)
+        second, second_mask = padded([ids[len(ids) // 2 :] for ids in documents], model.device)
         model(
             input_ids=first,
             attention_mask=first_mask,
@@ -183,13 +189,18 @@ def run_model(model: Any, family: Family, documents: Sequence[Sequence[int]]) ->
             use_cache=False,
         )
         return
-    ids, mask = _padded(documents, model.device)
+    ids, mask = padded(documents, model.device)
     # Without the language-model head: nobody reads next-token logits here.
     model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
-def _padded(documents: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+def padded(
+    documents: Sequence[TokenIds], device: Any, side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] of documents, filled up with 0 on one side, and the mask [B, T] of what is theirs."""
     longest = max(len(ids) for ids in documents)
-    rows = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in documents], device=device)
-    lengths = torch.tensor([len(ids) for ids in documents], device=device)
-    return rows, (torch.arange(longest, device=device) < lengths[:, None]).long()
+    rows, mask = torch.zeros(len(documents), longest, dtype=torch.long), torch.zeros(len(documents), longest).long()
+    for row, ids in enumerate(documents):
+        own = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
+        rows[row, own], mask[row, own] = torch.as_tensor(ids), 1
+    return rows.to(device), mask.to(device)
