@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from specmoe.sources.bundled import bundled_model
 from specmoe.sources.batches import batched, encode_documents
+from specmoe.sources.bundled import bundled_model
 from specmoe.sources.capture import SHARD_BYTES, Keep, write_routes
 from specmoe.sources.corpus import standard_library
 from specmoe.sources.loading import load_model

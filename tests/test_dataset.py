@@ -33,9 +33,15 @@ TOPOLOGY = Topology(model_id="dataset", layers=3, experts=5, top_k=2, hidden_siz
 quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)
 
 
-def document(name: str, domain: str = "d", text: str | None = None, tokens: int = 9) -> DocumentRecord:
+def document(name: str, domain: str = "d", text: str | None = None, tokens: int = 9, group: str = "") -> DocumentRecord:
     return DocumentRecord(
-        doc_id=name, domain=domain, text_sha256=text or f"text of {name}", start=0, tokens=tokens, crc32={}
+        doc_id=name,
+        domain=domain,
+        text_sha256=text or f"text of {name}",
+        group=group,
+        start=0,
+        tokens=tokens,
+        crc32={},
     )
 
 
@@ -465,3 +471,19 @@ def test_the_temperature_keeps_a_target_worth_learning_where_k_is_most_of_the_ex
     target = sharpen(windows.router, windows.router_temperature(0.7))
     least, most = target.topk(5, -1).values[..., -1], target.topk(5, -1).values[..., 0]
     assert float((most / least).median()) > 1.2
+
+
+def test_a_group_stays_on_one_side_and_a_copy_in_another_group_is_left_out() -> None:
+    # Pairs of neighbours are groups; every tenth document repeats the text of the one after it.
+    documents = [document(f"d{i}", text=f"text {i + 1 if i % 10 == 3 else i}", group=f"g{i // 2}") for i in range(60)]
+    for seed in range(5):
+        parts = split_documents(documents, seed).parts
+        side = {index: name for name, indices in parts.items() for index in indices}
+        assert set(range(60)) - set(side) == set(range(4, 60, 10))
+        assert all(side[i] == side[i + 1] for i in range(0, 60, 2) if i % 10 != 4)
+
+
+def test_copies_without_a_group_stay_on_one_side() -> None:
+    documents = [document(f"d{i}", text=f"text {i // 3}") for i in range(60)]
+    side = {index: name for name, indices in split_documents(documents).parts.items() for index in indices}
+    assert all(side[i] == side[i + 1] == side[i + 2] for i in range(0, 60, 3))

@@ -45,10 +45,10 @@ class Split:
 def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split:
     """Draw the protocol's parts: 52.5 % train, 17.5 % validation, 30 % test, by document.
 
-    Documents with the same text stay on one side. In a trace that keeps hidden states for a sample of its
-    documents, only that sample is split, so that every predictor is judged on the same events. Where there
-    are at least four domains, one that holds at most a fifth of the documents is kept out of all three as a
-    part of its own.
+    Documents of one group, and those with the same text, stay on one side; a copy of a text in a second group is in no
+    part. In a trace that keeps hidden states for a sample of its documents, only that sample is split, so that
+    every predictor is judged on the same events. Where there are at least four domains, one that holds at most a fifth
+    of the documents is kept out of all three as a part of its own.
 
     Raises:
         SpecmoeError: fewer than three distinct documents.
@@ -61,11 +61,11 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
     ]
     domain = _held_out_domain([documents[index] for index in usable], seed)
     held_out = [index for index in usable if documents[index].domain == domain]
-    kept_out_texts = {documents[index].text_sha256 for index in held_out}
-    groups: dict[str, list[int]] = {}
-    for index in usable:
-        if documents[index].domain != domain and documents[index].text_sha256 not in kept_out_texts:
-            groups.setdefault(documents[index].text_sha256, []).append(index)
+    # What shares a text or a group with the held-out domain is in no part at all.
+    kept_out = {documents[index].text_sha256 for index in held_out} | {documents[index].group for index in held_out}
+    kept_out.discard("")
+    rest = [index for index in usable if not kept_out & {documents[index].text_sha256, documents[index].group}]
+    groups = _kept_together(documents, [index for index in rest if documents[index].domain != domain])
     if len(groups) < 3:
         raise SpecmoeError(
             f"the trace has {len(groups)} distinct document(s); a split by document needs at least 3: collect more text"
@@ -86,6 +86,19 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
         for index in sorted(parts[name], key=lambda index: documents[index].doc_id):
             digest.update(f"{name}\0{documents[index].doc_id}\0{documents[index].text_sha256}\0".encode())
     return Split(parts, domain, seed, digest.hexdigest()[:16])
+
+
+def _kept_together(documents: Sequence[DocumentRecord], usable: Sequence[int]) -> dict[str, list[int]]:
+    """Documents by what they must stay together with: their group, else the copies of their text."""
+    together: dict[str, list[int]] = {}
+    place: dict[str, str] = {}
+    for index in usable:
+        text = documents[index].text_sha256
+        key = f"group {documents[index].group}" if documents[index].group else text
+        # Binding groups that share a text would chain them into one: a copy in a second group is left out instead.
+        if place.setdefault(text, key) == key:
+            together.setdefault(key, []).append(index)
+    return together
 
 
 def _held_out_domain(documents: Sequence[DocumentRecord], seed: int) -> str | None:

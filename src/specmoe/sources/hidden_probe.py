@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["MINIMUM_TEXTS", "ProbeResult", "probe_hidden"]
+__all__ = ["MINIMUM_TEXTS", "ProbeResult", "best_of", "probe_hidden", "routed_of"]
 
 # Fewer texts give no usable standard error over texts.
 MINIMUM_TEXTS = 10
@@ -54,7 +54,7 @@ def probe_hidden(
 
     Args:
         lengths: tokens of each text. layers, experts, top_k: sizes L, E, K.
-        read: (text, layer) → its router inputs [T, D] and expert ids [T, K].
+        read: (text, layer) → its router inputs [T, D] and expert ids [T, K]; ids outside 0 … E - 1 are no target.
         seed: of the halves and of the tokens looked at.
 
     Returns:
@@ -75,12 +75,12 @@ def probe_hidden(
         hidden_ND, routed_NE = (np.concatenate(part) for part in zip(*parts, strict=True))
         prior_E = routed_NE.mean(0)
         weight_DE, mean_D, scale_D = _ridge(hidden_ND, routed_NE - prior_E)
-        usual_E = _best(prior_E[None], top_k)
+        usual_E = best_of(prior_E[None], top_k)
         for column, (text, positions) in enumerate(scored):
             hidden_TD, routed_TE = _rows(read, text, layer, positions, experts)
             scores_TE = prior_E + (hidden_TD - mean_D) / scale_D @ weight_DE
             wanted = max(routed_TE.sum(), 1.0)
-            probe[row, column] = (routed_TE * _best(scores_TE, top_k)).sum() / wanted
+            probe[row, column] = (routed_TE * best_of(scores_TE, top_k)).sum() / wanted
             frequency[row, column] = (routed_TE * usual_E).sum() / wanted
     lift = (probe - frequency).mean(0)
     error = float(lift.std(ddof=1)) / math.sqrt(len(lift))
@@ -98,12 +98,20 @@ def _sample(
 
 def _rows(read: Read, text: int, layer: int, positions: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
     hidden_TD, ids_TK = (values[positions] for values in read(text, layer))
-    routed = np.zeros((len(positions), experts))
-    np.put_along_axis(routed, ids_TK.astype(np.int64), 1.0, axis=1)
-    return hidden_TD.astype(np.float64), routed
+    return hidden_TD.astype(np.float64), routed_of(ids_TK, experts)
 
 
-def _best(scores_TE: np.ndarray, top_k: int) -> np.ndarray:
+def routed_of(ids_TK: np.ndarray, experts: int) -> np.ndarray:
+    """Expert ids as [T, E] float64, 1 where an expert is among the K; ids outside 0 … E - 1 are left out."""
+    # Column E collects what is no expert of this layer: empty slots and zero or skip experts.
+    slots = np.where((ids_TK < 0) | (ids_TK >= experts), experts, ids_TK).astype(np.int64)
+    routed = np.zeros((len(slots), experts + 1))
+    np.put_along_axis(routed, slots, 1.0, axis=1)
+    return routed[:, :experts]
+
+
+def best_of(scores_TE: np.ndarray, top_k: int) -> np.ndarray:
+    """The K best-scored experts as [T, E] float64 of 0 and 1."""
     best = np.zeros_like(scores_TE)
     np.put_along_axis(best, np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k], 1.0, axis=1)
     return best

@@ -56,6 +56,7 @@ class DocumentRecord(_Strict):
 
     Attributes:
         doc_id, domain: as the source names them. text_sha256: of the text; equal texts are duplicates.
+        group: documents of one group stay on one side of a split, such as the turns of a chat; empty for none.
         start, tokens: its rows in the shard. hidden_start: its first row in ``hidden``, None if not kept.
         crc32: checksum of each field's bytes, verified whenever the document is read.
     """
@@ -63,6 +64,7 @@ class DocumentRecord(_Strict):
     doc_id: str
     domain: str
     text_sha256: str
+    group: str = ""
     start: int = Field(ge=0)
     tokens: int = Field(ge=0)
     hidden_start: int | None = Field(default=None, ge=0)
@@ -98,7 +100,7 @@ class Manifest(_Strict):
     topology: Topology
     source: Source
     fields: tuple[str, ...]
-    split_keys: tuple[str, ...] = ("doc_id", "text_sha256", "domain")
+    split_keys: tuple[str, ...] = ("doc_id", "text_sha256", "group", "domain")
     timing: Timing | None = None
     complete: bool = False
     shards: tuple[ShardRecord, ...] = ()

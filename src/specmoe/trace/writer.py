@@ -116,8 +116,8 @@ class TraceWriter:
         finally:
             self._unlock()
 
-    def add(self, doc_id: str, domain: str, text_sha256: str, record: RoutingRecord) -> None:
-        """Append one document.
+    def add(self, doc_id: str, domain: str, text_sha256: str, record: RoutingRecord, *, group: str = "") -> None:
+        """Append one document; documents of one group stay on one side of a split.
 
         Raises:
             SpecmoeError: the id is already there, a field is missing, or a tensor is wrong (shape, dtype,
@@ -152,6 +152,7 @@ class TraceWriter:
             doc_id=doc_id,
             domain=domain,
             text_sha256=text_sha256,
+            group=group,
             start=start,
             tokens=len(record),
             hidden_start=hidden_start if record.hidden is not None else None,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
@@ -55,12 +54,13 @@ class ImportedDocument:
 
     Attributes:
         doc_id: unique in the trace. domain: what the format groups documents by; empty if it does not.
-        record: its routing.
+        record: its routing. group: documents of one group stay on one side of a split, such as the turns of a chat.
     """
 
     doc_id: str
     record: RoutingRecord
     domain: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,15 @@ class Importer:
     recognises: Callable[[Path, bytes], bool]
 
 
-def topology_of(options: ImportOptions, *, layers: int, experts: int, top_k: int, hidden_size: int = 0) -> Topology:
+def topology_of(
+    options: ImportOptions,
+    *,
+    layers: int,
+    experts: int,
+    top_k: int,
+    hidden_size: int = 0,
+    bytes_per_expert: int | None = None,
+) -> Topology:
     """A topology from what a file says; ``options.experts`` may only widen the number of experts.
 
     Raises:
@@ -116,7 +124,14 @@ def topology_of(options: ImportOptions, *, layers: int, experts: int, top_k: int
             raise SpecmoeError(f"--experts {options.experts} is too few: expert id {experts - 1} occurs")
         experts = options.experts
     try:
-        return Topology(model_id=options.model_id, layers=layers, experts=experts, top_k=top_k, hidden_size=hidden_size)
+        return Topology(
+            model_id=options.model_id,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            bytes_per_expert=bytes_per_expert,
+        )
     except ValueError as error:
         raise SpecmoeError(
             f"{layers} layers of {experts} experts, top-{top_k}, width {hidden_size}, are no possible model"
@@ -141,7 +156,7 @@ def content_hash(record: RoutingRecord) -> str:
     """Stands in for the hash of a document's text: equal tokens are equal texts, else equal routing is."""
     known = bool((record.token_ids != UNKNOWN_TOKEN).any())
     tensor = record.token_ids if known else record.expert_ids
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def fingerprint(path: Path) -> str:

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.sources.importers import gating_pickle
+from specmoe.sources.importers import (
+    bigmoeonedge,
+    colibri_route_trace,
+    flame_moe,
+    gating_pickle,
+    llama_moe_trace,
+    megatron_jsonl,
+    moe_beyond,
+    npz,
+    problem_jsonl,
+    routed_experts,
+    routed_responses,
+    safetensors_set,
+    sglang_recorder,
+)
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
 from specmoe.trace import Manifest, Source, TraceWriter
 
 __all__ = ["IMPORTERS", "import_trace", "recognise"]
 
 # Recognised in this order: the strictest first.
-IMPORTERS: dict[str, Importer] = {importer.name: importer for importer in (gating_pickle.IMPORTER,)}
+IMPORTERS: dict[str, Importer] = {
+    module.IMPORTER.name: module.IMPORTER
+    for module in (
+        npz,
+        sglang_recorder,
+        flame_moe,
+        safetensors_set,
+        routed_experts,
+        routed_responses,
+        gating_pickle,
+        bigmoeonedge,
+        moe_beyond,
+        megatron_jsonl,
+        problem_jsonl,
+        colibri_route_trace,
+        llama_moe_trace,
+    )
+}
 
 _HEAD_BYTES = 64 << 10
 
@@ -66,7 +97,11 @@ def import_trace(
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
         foreign = importer.read(path, options or ImportOptions())
-        _write(foreign, _manifest(foreign, importer, path), out, on_progress)
+        try:
+            _write(foreign, _manifest(foreign, importer, path), out, on_progress)
+        finally:
+            if isinstance(foreign.documents, Generator):
+                foreign.documents.close()  # with the files that it has open
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror or error}") from error
     return foreign.warnings
@@ -88,7 +123,8 @@ def _write(
         # Documents of an interrupted import are read again, so that the format is checked whole, but not written.
         for number, document in enumerate(foreign.documents, 1):
             if document.doc_id not in writer.written:
-                writer.add(document.doc_id, document.domain, content_hash(document.record), document.record)
+                digest = content_hash(document.record)
+                writer.add(document.doc_id, document.domain, digest, document.record, group=document.group)
             tokens += len(document.record)
             on_progress(number, foreign.count)
         if tokens == 0:

@@ -23,7 +23,7 @@ import numpy as np
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["Array", "Record", "load_restricted"]
+__all__ = ["Array", "Record", "load_restricted", "load_with_storages"]
 
 # Elements of a tuple, nested ones counted as often as they appear. Hashing a tuple visits all of them, by
 # recursion on the C stack, which a few thousand levels overflow.
@@ -130,13 +130,34 @@ def load_restricted(path: Path, record_class: str) -> Any:
         raise SpecmoeError(f"{path} is damaged or no pickle ({reason}); write it again with pickle.dump") from error
 
 
+def load_with_storages(stream: IO[bytes], storage: Callable[[str, str, int], np.ndarray]) -> Any:
+    """Unpickle what ``torch.save`` pickles, whose tensors' numbers lie outside of the pickle.
+
+    Args:
+        stream: the pickle. storage: gives the numbers for a storage's key, numpy code ("bf16" for bfloat16) and length.
+
+    Returns:
+        As :func:`load_restricted`.
+
+    Raises:
+        SpecmoeError: it asks for anything that is not admitted. Other exceptions: it is damaged.
+    """
+
+    class Unpickler(_ArchiveUnpickler):
+        def persistent_load(self, pid: Any) -> Array:
+            found = super().persistent_load(pid)
+            return Array(storage(found.key, found.code, found.count), found.code == "bf16")
+
+    return _load(stream, Unpickler)
+
+
 def _printable(text: str) -> str:
     return text.encode("unicode_escape").decode("ascii")[:120]
 
 
 def _load(stream: IO[bytes], unpickler: type[_Unpickler], record_class: str = "") -> Any:
     start = stream.tell()
-    _check_opcodes(stream, persistent=unpickler is _StorageUnpickler)
+    _check_opcodes(stream, persistent=unpickler is not _Unpickler)
     stream.seek(start)
     return unpickler(stream, record_class).load()
 
@@ -399,9 +420,31 @@ class _Unpickler(pickle.Unpickler):
 class _StorageUnpickler(_Unpickler):
     admitted = _STORAGES
 
-    def persistent_load(self, pid: Any) -> _StorageReference:
+    def persistent_load(self, pid: Any) -> Any:
         match pid:
             case ("storage", _Name(code=code), str(key), _, int(count), *view) if view in ([], [None]) and count >= 0:
                 return _StorageReference(code, key, count)
             case _:
                 raise SpecmoeError("it holds a torch storage of an unknown format")
+
+
+def _rebuild_typed(
+    storage: object, offset: int, size: object, stride: object, _grad: object, _hooks: object, dtype: object, *_: object
+) -> object:
+    """A tensor of a type that has no storage type of its own: its storage is bytes."""
+    if not isinstance(storage, Array) or not isinstance(dtype, _Name):
+        raise SpecmoeError("it holds a torch tensor without its storage")
+    return _rebuild_tensor(Array(storage.stored.view(np.dtype(f"<{dtype.code}"))), offset, size, stride)
+
+
+_ARCHIVED: Mapping[str, Any] = {
+    **_ADMITTED,
+    **_STORAGES,
+    "torch._utils._rebuild_tensor_v3": _Callable(_rebuild_typed),
+    "torch.storage.UntypedStorage": _Name("u1"),
+    **{f"torch.uint{size}": _Name(f"u{size // 8}") for size in (16, 32, 64)},
+}
+
+
+class _ArchiveUnpickler(_StorageUnpickler):
+    admitted = _ARCHIVED

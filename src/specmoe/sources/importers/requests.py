@@ -1,0 +1,166 @@
+"""One request's routing, as serving engines give it, and its way into a document.
+
+An engine forwards the prompt and every generated token but the last, so P prompt and G generated tokens make
+P + G - 1 rows. Rows of a prefix that was computed earlier may be missing at the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from specmoe.errors import SpecmoeError
+from specmoe.sources.importers.arrays import IdSurvey, UniqueNames, id_rows, opened, token_rows
+from specmoe.sources.importers.base import UNKNOWN_TOKEN, ForeignTrace, ImportedDocument, ImportOptions, topology_of
+from specmoe.trace import Phase, RoutingRecord
+from specmoe.trace.writer import fields_of
+
+__all__ = ["REQUEST_FIELDS", "Request", "import_requests", "request_of"]
+
+# vLLM's names; SGLang calls the generated tokens output_ids.
+REQUEST_FIELDS = ("routed_experts", "prompt_routed_experts", "prompt_token_ids", "token_ids", "output_ids")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request.
+
+    Attributes:
+        name: of the request. ids_TLK: expert ids of the rows that were forwarded.
+        prompt: length of the prompt, None if it is not known which rows are its.
+        tokens_T: token ids of the rows, -1 where unknown. skipped: rows missing at the front.
+    """
+
+    name: str
+    ids_TLK: np.ndarray
+    prompt: int | None
+    tokens_T: np.ndarray
+    skipped: int = 0
+
+    def record(self, layers: np.ndarray) -> RoutingRecord:
+        """The request as a record of the given layers."""
+        rows = len(self.ids_TLK)
+        phase = torch.zeros(rows, dtype=torch.uint8)
+        if self.prompt is not None:
+            phase[max(0, self.prompt - self.skipped) :] = Phase.DECODE
+        return RoutingRecord(
+            token_ids=token_rows(self.tokens_T, rows),
+            phase=phase,
+            expert_ids=id_rows(self.ids_TLK[:, layers], "the expert ids"),
+        )
+
+
+def request_of(
+    name: str, fields: Mapping[str, np.ndarray], prompt: int | None = None, generated: int | None = None
+) -> Request:
+    """Put together what an engine says of one request.
+
+    Args:
+        name: of the request. fields: arrays by the names of :data:`REQUEST_FIELDS`.
+        prompt, generated: numbers of tokens, where they are told without the tokens.
+
+    Raises:
+        SpecmoeError: the arrays contradict each other.
+    """
+    ids = _ids(fields, "routed_experts")
+    output = fields.get("token_ids", fields.get("output_ids"))
+    given, written = _tokens(fields.get("prompt_token_ids")), _tokens(output)
+    if "prompt_routed_experts" in fields:
+        of_prompt = _ids(fields, "prompt_routed_experts")
+        if of_prompt.shape[1:] != ids.shape[1:]:
+            raise SpecmoeError(f"{name}: prompt_routed_experts {of_prompt.shape} does not fit {ids.shape}")
+        prompt, ids = len(of_prompt), np.concatenate([of_prompt, ids])
+        generated = len(ids) - prompt if written is None else len(written)
+    elif given is not None:
+        prompt = len(given)
+    generated = generated if written is None else len(written)
+    if prompt is None:
+        return Request(name, ids, None, np.full(len(ids), UNKNOWN_TOKEN))
+    skipped = 0
+    if generated is not None:
+        if len(ids) > prompt + generated:
+            raise SpecmoeError(f"{name} has {len(ids)} rows for {prompt} prompt and {generated} generated tokens")
+        skipped = max(0, prompt + max(0, generated - 1) - len(ids))
+    return Request(name, ids, prompt, _tokens_of_rows(len(ids), skipped, prompt, given, written), skipped)
+
+
+def _tokens_of_rows(
+    rows: int, skipped: int, prompt: int, given: np.ndarray | None, written: np.ndarray | None
+) -> np.ndarray:
+    """Which token each row belongs to: rows begin at token ``skipped`` of prompt and generated text."""
+    tokens = np.full(rows, UNKNOWN_TOKEN, np.int64)
+    for text, begin, end in ((given, 0, prompt), (written, prompt, skipped + rows)):
+        if text is not None:
+            first, last = max(begin, skipped), min(begin + len(text), end, skipped + rows)
+            if first < last:
+                tokens[first - skipped : last - skipped] = text[first - begin : last - begin]
+    return tokens
+
+
+def _ids(fields: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    ids = fields.get(name)
+    if ids is None:
+        raise SpecmoeError(f"{name} is missing")
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise SpecmoeError(f"{name} has shape {ids.shape} and dtype {ids.dtype}, expected [tokens, layers, k] of ids")
+    return ids
+
+
+def _tokens(array: np.ndarray | None) -> np.ndarray | None:
+    if array is None:
+        return None
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise SpecmoeError(f"token ids have shape {array.shape} and dtype {array.dtype}, expected a row of numbers")
+    return array.astype(np.int64)
+
+
+def import_requests(path: Path, requests: Callable[[], Iterable[Request]], options: ImportOptions) -> ForeignTrace:
+    """A trace of requests, one document each.
+
+    Args:
+        path: named in errors. requests: reads them, one after the other; called twice, as the number of experts and
+            the layers that route are known only when all ids were seen.
+
+    Raises:
+        SpecmoeError: the requests have different shapes or impossible ids, or there is no token.
+    """
+    warnings: list[str] = []
+    survey = IdSurvey()
+    count = unknown = skipped = 0
+    with opened(path):
+        for request in requests():
+            survey.add(request.ids_TLK, request.name)
+            count += 1
+            unknown += request.prompt is None
+            skipped += request.skipped > 0
+        layers = survey.moe_layers(warnings)
+        assert survey.shape is not None
+        topology = topology_of(options, layers=len(layers), experts=survey.experts, top_k=survey.shape[1])
+    if unknown:
+        warnings.append(f"{unknown} of {count} requests do not say where the prompt ends; all of it counts as prefill")
+    if skipped:
+        warnings.append(f"{skipped} of {count} requests lack their first tokens (a prefix that was computed earlier)")
+
+    def documents() -> Iterator[ImportedDocument]:
+        unique = UniqueNames()
+        iterator = iter(requests())
+        while True:
+            with opened(path):
+                request = next(iterator, None)
+                if request is None:
+                    return
+                document = ImportedDocument(unique(request.name), request.record(layers))
+            yield document
+
+    return ForeignTrace(
+        topology=topology,
+        fields=fields_of([]),
+        documents=documents(),
+        count=count,
+        settings={} if survey.shape[0] == len(layers) else {"layers": layers.tolist()},
+        warnings=warnings,
+    )
