@@ -84,9 +84,12 @@ def test_step_agrees_with_forward(name: str) -> None:
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [SMALL.hidden_size, 0])  # 0: the trace does not even say how wide they were
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if runs_without_hidden(name)])
-def test_step_agrees_with_forward_without_hidden_states(name: str) -> None:
-    predictor, window = prepared(name, hidden=False), make_window(4, batch=1, tokens=20, hidden=False)
+def test_step_agrees_with_forward_without_hidden_states(name: str, width: int) -> None:
+    topology = SMALL.model_copy(update={"hidden_size": width})
+    predictor = prepared(name, hidden=False, topology=topology)
+    window = make_window(4, batch=1, tokens=20, hidden=False, topology=topology)
     with torch.no_grad():
         expected = predictor(window)[0].flatten(0, 1)
     state = predictor.start()

@@ -223,9 +223,12 @@ class Windows:
         self.phase = torch.zeros(count, span, dtype=torch.long)
         self.valid = torch.zeros(count, span, dtype=torch.bool)
         self.scored = torch.zeros(count, span, dtype=torch.bool)
-        self.expert_ids = torch.full((count, span, layers, top_k), -1)
-        self.routed = torch.zeros(count, span, layers, experts)
-        self.router = torch.zeros(count, span, layers, experts)
+        self.expert_ids = torch.full((count, span, layers, top_k), -1, dtype=torch.int16)
+        # Distributions over all experts are many times the size of the ids. Where the ids say it all, as in large
+        # traces without logits, they are spread out batch by batch.
+        self.routed = torch.zeros(count, span, layers, experts) if self.soft else None
+        self.router = torch.zeros(count, span, layers, experts) if self.soft else None
+        self.gates = torch.zeros(count, span, layers, top_k) if "gate_weights" in fields and not self.soft else None
         self.hidden: Tensor | None = None
         if "hidden" in fields:
             # float32 although the trace may hold less: converting in every batch would cost more than a gather.
@@ -234,7 +237,11 @@ class Windows:
         row = 0
         for index in documents:
             record = trace.read(index)
-            router, routed = _router_output(record, experts), routed_of(record.expert_ids, experts)
+            router = routed = None
+            if record.router_logits is not None:
+                # Zero experts take their share, but there is nothing to foresee in them.
+                router = record.router_logits.softmax(-1)[..., :experts]
+                routed = routed_of(record.expert_ids, experts)
             for start in range(0, len(record), length):
                 first, last = max(0, start - context), min(len(record), start + length)
                 # Context sits at the front of every window; a document's first window has less of it.
@@ -243,8 +250,13 @@ class Windows:
                 self.valid[row, : last - first] = True
                 self.scored[row, start - first : last - first] = True
                 self.expert_ids[row, : last - first] = record.expert_ids[first:last]
-                self.routed[row, : last - first] = routed[first:last]
-                self.router[row, : last - first] = router[first:last]
+                for kept, of_record in (
+                    (self.routed, routed),
+                    (self.router, router),
+                    (self.gates, record.gate_weights),
+                ):
+                    if kept is not None and of_record is not None:
+                        kept[row, : last - first] = of_record[first:last]
                 if self.hidden is not None and record.hidden is not None:
                     self.hidden[row, : last - first] = record.hidden[first:last]
                 row += 1
@@ -269,8 +281,14 @@ class Windows:
         """
         even = self.topology.top_k / self.topology.experts
         mass = even + sharpness * (1 - even)
-        tokens = self.router[self.valid]
-        sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 2048)).long()]
+        tokens = self.valid.flatten().nonzero()[:, 0]
+        chosen = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), 2048)).long()]
+        if self.router is not None:
+            sample = self.router.flatten(0, 1)[chosen]
+        else:
+            ids = self.expert_ids.flatten(0, 1)[chosen].long()
+            gates = None if self.gates is None else self.gates.flatten(0, 1)[chosen]
+            sample = _spread(ids, gates, self.topology.experts)
         low, high = math.log(1e-3), math.log(1e3)
         for _ in range(30):
             middle = (low + high) / 2
@@ -285,13 +303,19 @@ class Windows:
             # index_select copies whole rows, several times faster than general indexing.
             return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
+        experts, expert_ids = self.topology.experts, pick(self.expert_ids).long()
+        if self.routed is not None and self.router is not None:
+            routed, router = pick(self.routed), pick(self.router)
+        else:
+            routed = routed_of(expert_ids, experts)
+            router = _spread(expert_ids, None if self.gates is None else pick(self.gates), experts)
         return Window(
             token_ids_BT=pick(self.token_ids),
             valid_BT=pick(self.valid),
             scored_BT=pick(self.scored),
-            expert_ids_BTLK=pick(self.expert_ids),
-            routed_BTLE=pick(self.routed),
-            router_BTLE=pick(self.router),
+            expert_ids_BTLK=expert_ids,
+            routed_BTLE=routed,
+            router_BTLE=router,
             hidden_BTLD=None if self.hidden is None else pick(self.hidden),
             soft=self.soft,
             document_B=pick(self.documents),
@@ -313,15 +337,9 @@ def routed_of(expert_ids: Tensor, experts: int) -> Tensor:
     return torch.zeros(*ids.shape[:-1], experts + 1).scatter_(-1, slots, 1.0)[..., :experts]
 
 
-def _router_output(record: object, experts: int) -> Tensor:
-    """[T, L, E]: softmax of the logits, or the gate weights or ids spread out and normalised."""
-    logits = getattr(record, "router_logits", None)
-    if logits is not None:
-        # Zero experts take their share, but there is nothing to foresee in them.
-        return logits.softmax(-1)[..., :experts]
-    ids: Tensor = record.expert_ids.long()  # type: ignore[attr-defined]
-    gates = getattr(record, "gate_weights", None)
-    slots = torch.where((ids < 0) | (ids >= experts), experts, ids)
-    weights = gates.clamp_min(0) if gates is not None else torch.ones(ids.shape)
-    spread = torch.zeros(*ids.shape[:-1], experts + 1).scatter_add_(-1, slots, weights)[..., :experts]
+def _spread(expert_ids: Tensor, gates: Tensor | None, experts: int) -> Tensor:
+    """Gate weights [..., K], or equal ones, at their experts: a distribution [..., E], zero where no expert is."""
+    slots = torch.where((expert_ids < 0) | (expert_ids >= experts), experts, expert_ids)
+    weights = gates.clamp_min(0) if gates is not None else torch.ones(slots.shape)
+    spread = torch.zeros(*slots.shape[:-1], experts + 1).scatter_add_(-1, slots, weights)[..., :experts]
     return spread / spread.sum(-1, keepdim=True).clamp_min(1e-9)

@@ -20,7 +20,7 @@ __all__ = ["HiddenInput", "LayerHead", "LinearSkip", "ResidualBlock", "RouteInpu
 
 def scaled_width(width: int, topology: Topology) -> int:
     """``width`` at the reference topology, scaled to this one; a multiple of 8, at least 16."""
-    scaled = width * math.sqrt(topology.hidden_size / REFERENCE.hidden_size)
+    scaled = width * math.sqrt((topology.hidden_size or REFERENCE.hidden_size) / REFERENCE.hidden_size)
     return max(16, 8 * round(scaled / 8))
 
 
@@ -29,12 +29,13 @@ class HiddenInput(nn.Module):
 
     def __init__(self, topology: Topology, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(topology.hidden_size, width)
+        # A trace without hidden states may not even say how wide they were.
+        self.project = nn.Linear(topology.hidden_size, width) if topology.hidden_size else None
         self.missing = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden: Tensor | None) -> Tensor:
         """[..., D] → [..., width]; None → [width], which broadcasts."""
-        return self.missing if hidden is None else self.project(hidden)
+        return self.missing if hidden is None or self.project is None else self.project(hidden)
 
 
 class RouteInput(nn.Module):

@@ -76,7 +76,7 @@ class _PerLayer(nn.Module):
 
     def __init__(self, layers: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
+        bound = 1 / math.sqrt(max(1, inputs))
         self.weight = nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(layers, outputs))
 
