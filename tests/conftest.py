@@ -25,5 +25,5 @@ SYNTHETIC = Topology(model_id="synthetic", layers=4, experts=8, top_k=2, hidden_
 def synthetic_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trace of Markov routing whose best recall is known: 24 documents of 48 tokens, determinism 0.8."""
     path = tmp_path_factory.mktemp("synthetic") / "trace"
-    synthetic_trace(path, topology=SYNTHETIC, documents=24, tokens=48, determinism=0.8, seed=3)
+    synthetic_trace(path, topology=SYNTHETIC, documents=30, tokens=48, determinism=0.8, seed=3)
     return path

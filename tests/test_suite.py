@@ -43,7 +43,7 @@ def test_results_describe_themselves(finished: tuple[Results, Path], synthetic_p
     assert Results.load(out / "results.json") == results
     content = json.loads((out / "results.json").read_text())
     assert content["format"] == "specmoe-results"
-    assert results.trace.documents == 24
+    assert results.trace.documents == 30
     assert sum(results.split.documents.values()) == 24
     assert results.protocol.horizons == HORIZONS
     assert set(results.made.versions) == {"specmoe", "torch", "python"}

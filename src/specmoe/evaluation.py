@@ -58,8 +58,8 @@ class Tally:
         return cls(tensors["documents"], sums, tensors["events"], tensors["bins"])
 
     def recall(self) -> list[float]:
-        """recall@K at each horizon, over everything."""
-        return (self.sums["recall@K"].sum((0, 1, 2)) / self.events.sum((0, 1, 2)).clamp_min(1)).tolist()
+        """recall@K at each horizon, over everything; NaN where nothing was to be foreseen."""
+        return (self.sums["recall@K"].sum((0, 1, 2)) / self.events.sum((0, 1, 2))).tolist()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +112,11 @@ def run_job(
         for part, windows in data.evaluated.items()
     }
     recall = {
-        part: {horizon: round(value, 6) for horizon, value in zip(data.horizons, tally.recall(), strict=True)}
+        part: {
+            h: round(recall, 6)
+            for h, recall in zip(data.horizons, tally.recall(), strict=True)
+            if math.isfinite(recall)
+        }
         for part, tally in tallies.items()
     }
     save_predictor(predictor, folder / "model.safetensors", scale)
