@@ -18,6 +18,7 @@ ORDER = [
     ("sources",),
     ("dataset",),
     ("metrics",),
+    ("diagnostics",),
     ("predictors",),
     ("training",),
     ("results",),

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from specmoe.cli import collecting, listing, pretraining, reporting, training
+from specmoe.cli import collecting, exporting, families, listing, pretraining, reporting, training, validating
 from specmoe.errors import SpecmoeError
 
 __all__ = ["app", "main", "run_verb"]
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (collecting, training, reporting, listing, pretraining):
+for module in (collecting, families, validating, exporting, training, reporting, listing, pretraining):
     module.register(app)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,11 @@ from specmoe.trace.record import FIELDS, REQUIRED_FIELDS, RoutingRecord, field_s
 
 __all__ = ["Trace"]
 
+# Pages once read count as this process's memory for as long as their file is mapped, so this much may be.
+_RESIDENT_BYTES = 512 << 20
+# The kernel maps more than is touched: up to a huge page (2 MiB) at either end of what was read.
+_PAGE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -32,14 +39,29 @@ class Trace:
     """A trace on disk, opened for reading by document.
 
     Opening reads the manifest and the shards' headers and checks them against each other. Reading a
-    document maps its shard and copies only that document's rows, whose checksums are verified.
+    document maps its shard and copies only that document's rows, whose checksums are verified. The shards
+    read last stay mapped, as many as may bring 512 MiB to memory; leaving the trace as a context manager
+    unmaps them all.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, places: list[_Place]) -> None:
         self.directory = directory
         self.manifest = manifest
         self._places = places
-        self._open_shards: dict[int, Any] = {}
+        # Each with the bytes that were read from it; the one read last is at the end.
+        self._mapped: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all shards. The trace can still be read, and maps them anew."""
+        self._mapped.clear()
 
     @classmethod
     def open(cls, directory: Path | str, *, allow_incomplete: bool = False) -> Trace:
@@ -95,13 +117,15 @@ class Trace:
         place = self._places[index]
         record, path = place.record, self.directory / self.manifest.shards[place.shard].file
         tensors: dict[str, Tensor] = {}
+        shard = None
         for name in self.manifest.fields:
             start = record.hidden_start if name == "hidden" else record.start
             if start is None or (fields is not None and name not in fields and name not in REQUIRED_FIELDS):
                 continue
             try:
                 # A copy: the slice is a view of the mapping, which must not change under what was verified.
-                tensor = self._shard(place.shard).get_slice(name)[start : start + record.tokens].clone()
+                shard = shard or self._map(place.shard)
+                tensor = shard.get_slice(name)[start : start + record.tokens].clone()
             except (SafetensorError, OSError) as error:
                 raise SpecmoeError(f"{path} cannot be read: {error}") from error
             if checksum(tensor) != record.crc32.get(name):
@@ -109,6 +133,7 @@ class Trace:
                     f"{path} is damaged: {name} of document {record.doc_id!r} fails its checksum; capture again"
                 )
             tensors[name] = tensor
+        self._bound(place.shard, shard, sum(tensor.nbytes for tensor in tensors.values()))
         result = RoutingRecord(**tensors)
         try:
             result.check(self.topology)
@@ -117,7 +142,9 @@ class Trace:
         return result
 
     def routers(self) -> tuple[Tensor, Tensor] | None:
-        """The routers' own weights [L, E, D] and biases [L, E] as float32, None if they were not kept.
+        """The routers' own weights [L, C, D] and biases [L, C] as float32, None if they were not kept.
+
+        C counts what a router chooses among: experts and zero experts.
 
         Raises:
             SpecmoeError: the file is damaged or has other shapes than the topology says.
@@ -131,7 +158,7 @@ class Trace:
             tensors = load_file(str(path))
         except (SafetensorError, OSError) as error:
             raise SpecmoeError(f"{path} cannot be read: {error}") from error
-        layers, experts, width = self.topology.layers, self.topology.experts, self.topology.hidden_size
+        layers, experts, width = self.topology.layers, self.topology.router_classes, self.topology.hidden_size
         bias = tensors.get("bias", torch.zeros(layers, experts))
         weight = tensors.get("weight")
         if weight is None or weight.shape != (layers, experts, width) or bias.shape != (layers, experts):
@@ -148,11 +175,22 @@ class Trace:
         for index in range(len(self)):
             self.read(index)
 
-    def _shard(self, index: int) -> Any:
-        if index not in self._open_shards:
-            path = self.directory / self.manifest.shards[index].file
-            self._open_shards[index] = safe_open(str(path), framework="pt").__enter__()
-        return self._open_shards[index]
+    def _map(self, index: int) -> Any:
+        mapped = self._mapped.get(index)
+        if mapped is not None:
+            return mapped[0]
+        return safe_open(str(self.directory / self.manifest.shards[index].file), framework="pt").__enter__()
+
+    def _bound(self, index: int, shard: Any, read: int) -> None:
+        """Count what a read may have brought to memory, and unmap the shards read longest ago if it is too much."""
+        _, before = self._mapped.pop(index, (shard, 0))
+        # A shard's pages are in memory once, however often they are read.
+        self._mapped[index] = (shard, min(before + read + _PAGE_BYTES, self.manifest.shards[index].bytes))
+        resident = sum(size for _, size in list(self._mapped.values()))
+        while resident > _RESIDENT_BYTES and len(self._mapped) > 1:
+            # Forgetting it unmaps it, as soon as no thread reads from it any more.
+            _, (_, size) = self._mapped.popitem(last=False)
+            resident -= size
 
 
 def _read_header(path: Path, shard: ShardRecord, manifest: Manifest) -> list[DocumentRecord]:

@@ -1,0 +1,115 @@
+"""Findings about the routing itself: collapsed, copied, or without anything that could be foreseen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from specmoe.diagnostics.evidence import Evidence, counted, listed
+from specmoe.diagnostics.result import Finding
+
+__all__ = ["CHECKS"]
+
+# A busy model's expert would be used this often on average before its absence says anything.
+_USES_FOR_DEAD = 50
+_COLLAPSED_SHARE = 0.95
+# In standard deviations of shuffled data.
+_INFORMATIVE = 4.0
+
+
+def dead_experts(evidence: Evidence) -> Finding | None:
+    """Experts that were never used, in a trace long enough to expect all."""
+    load_LE = evidence.scan.load_LE
+    if load_LE.sum() < _USES_FOR_DEAD * load_LE.size:
+        return None
+    dead_L = (load_LE == 0).sum(1)
+    if not dead_L.any():
+        return None
+    experts = load_LE.shape[1]
+    worst = int(dead_L.argmax())
+    message = (
+        f"{int(dead_L.sum()):,} of {load_LE.size:,} experts were never used, most in layer {worst} ({dead_L[worst]} of "
+        f"{experts}); they make prediction look easier: check that the model is whole and the text varied"
+    )
+    severity = "warning" if dead_L.sum() > load_LE.size / 2 else "note"
+    return Finding(code="dead-experts", severity=severity, message=message)
+
+
+def collapsed_layers(evidence: Evidence) -> Finding | None:
+    """Layers whose K busiest experts take nearly everything, so that there is nothing to foresee."""
+    load_LE, top_k = evidence.scan.load_LE, evidence.trace.topology.top_k
+    if load_LE.shape[1] <= top_k:
+        message = f"every place uses all {top_k} experts of its layer: there is nothing to foresee"
+        return Finding(code="collapsed-layers", severity="error", message=message)
+    busiest_L = np.sort(load_LE, 1)[:, -top_k:].sum(1) / np.maximum(load_LE.sum(1), 1)
+    collapsed = np.flatnonzero(busiest_L >= _COLLAPSED_SHARE)
+    if not len(collapsed):
+        return None
+    every = len(collapsed) == len(load_LE)
+    message = (
+        f"in {counted(len(collapsed), 'layer')} of {len(load_LE)} ({listed(collapsed.tolist())}) the {top_k} busiest "
+        f"of {load_LE.shape[1]} experts take at least {_COLLAPSED_SHARE:.0%} of the load; naming them is right nearly "
+        "always, so leave such layers out of what you report"
+    )
+    return Finding(code="collapsed-layers", severity="error" if every else "warning", message=message)
+
+
+def identical_layers(evidence: Evidence) -> Finding | None:
+    """Two layers route every token alike."""
+    copies = [copy for copy in evidence.layer_copies if copy.shift == 0]
+    if not copies:
+        return None
+    first = copies[0]
+    message = (
+        f"{counted(len({copy.copy for copy in copies}), 'layer')} route as an earlier one does: layer {first.copy} as "
+        f"layer {first.layer} in {first.share:.0%} of runs of tokens; no model does that, so the layers were mixed up "
+        "when the trace was made"
+    )
+    return Finding(code="identical-layers", severity="error", message=message)
+
+
+def shifted_layers(evidence: Evidence) -> Finding | None:
+    """A layer routes as another one does some tokens earlier or later."""
+    copies = [copy for copy in evidence.layer_copies if copy.shift != 0]
+    if not copies:
+        return None
+    first = copies[0]
+    message = (
+        f"layer {first.copy} routes as layer {first.layer} does {counted(abs(first.shift), 'token')} "
+        f"{'later' if first.shift > 0 else 'earlier'}, in {first.share:.0%} of runs of tokens "
+        f"({counted(len(copies), 'such pair')}); no model does that, so the trace is made up or cut wrongly"
+    )
+    return Finding(code="shifted-layers", severity="error", message=message)
+
+
+def copied_routing(evidence: Evidence) -> Finding | None:
+    """Documents whose routing is another document's although their tokens differ."""
+    copies = evidence.document_copies
+    if copies.example is None:
+        return None
+    first, second, shift = copies.example
+    names = [evidence.trace.documents[index].doc_id for index in (first, second)]
+    message = (
+        f"{len(copies.documents):,} of {len(evidence.trace):,} documents are routed as another one is under other "
+        f"tokens, {copies.shifted:,} of them shifted ({names[1]!r} as {names[0]!r}, {abs(shift):,} tokens apart); "
+        "routing follows from tokens, so the data are made up or tokens and routing were paired wrongly"
+    )
+    return Finding(code="copied-routing", severity="error", message=message)
+
+
+def iid_routing(evidence: Evidence) -> Finding | None:
+    """Nothing that is known before tells of a route more than its frequency does."""
+    found = evidence.information
+    if found is None or not found.bits or max(found.deviations.values()) >= _INFORMATIVE:
+        return None
+    if any(place.foreseen for place in evidence.alignment):
+        return None
+    tried = ", ".join(f"{name} {found.bits[name]:.4f} bits ({found.deviations[name]:+.1f} σ)" for name in found.bits)
+    message = (
+        f"routing looks independent and identically distributed: on {len(evidence.sample):,} tokens nothing tells of "
+        f"the top-1 expert beyond shuffled data: {tried}; no predictor can beat layer frequency, so this is noise or "
+        "made up: look for the fault where it was recorded"
+    )
+    return Finding(code="iid-routing", severity="error", message=message)
+
+
+CHECKS = (dead_experts, collapsed_layers, identical_layers, shifted_layers, copied_routing, iid_routing)

@@ -1,0 +1,677 @@
+"""Is a trace worth anything? Every finding is planted once, and absent from traces that have no such fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from specmoe.cli import run_verb
+from specmoe.diagnostics import Validation, validate_trace
+from specmoe.diagnostics.findings import CHECKS
+from specmoe.diagnostics.page import page
+from specmoe.sources.synthetic import synthetic_trace
+from specmoe.topology import Topology
+from specmoe.trace import Manifest, RoutingRecord, Source, Trace, TraceWriter
+
+LAYERS, EXPERTS, TOP_K, WIDTH, VOCABULARY = 4, 8, 2, 16, 60
+ROUTERS = torch.randn(LAYERS, EXPERTS, WIDTH, generator=torch.Generator().manual_seed(9))
+Records = list[RoutingRecord]
+ALL = ("gate_weights", "router_logits", "hidden")
+NO_SHARDS: dict[str, Any] = {"shards": (), "routers_sha256": None}
+
+
+def route(logits_TLE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gates, ids = logits_TLE.softmax(-1).topk(TOP_K, -1)
+    return ids.to(torch.int16), gates
+
+
+def model_records(documents: int = 30, tokens: int = 64, seed: int = 0) -> Records:
+    """What a small model would give: routers on hidden states that follow from tokens, context and depth."""
+    draw = np.random.default_rng(seed)
+    embedding = np.random.default_rng(77).standard_normal((VOCABULARY, WIDTH))
+    drift = np.random.default_rng(78).standard_normal((LAYERS, WIDTH, WIDTH)) / WIDTH**0.5
+    records = []
+    for number in range(documents):
+        token_ids = draw.integers(0, VOCABULARY, tokens + number % 3)
+        state = embedding[token_ids] + 0.4 * embedding[np.roll(token_ids, 1)]
+        layers = []
+        for layer in range(LAYERS):
+            state = 0.8 * state + 0.8 * state @ drift[layer] + 0.2 * draw.standard_normal(state.shape)
+            layers.append(state)
+        hidden = torch.from_numpy(np.stack(layers, 1)).half()
+        logits = torch.einsum("tld,led->tle", hidden.float(), ROUTERS)
+        ids, gates = route(logits)
+        records.append(
+            RoutingRecord(
+                token_ids=torch.from_numpy(token_ids.astype(np.int32)),
+                phase=(torch.arange(len(token_ids)) >= 40).to(torch.uint8),
+                expert_ids=ids,
+                gate_weights=gates,
+                router_logits=logits,
+                hidden=hidden,
+            )
+        )
+    return records
+
+
+def write(
+    path: Path,
+    records: Records,
+    fields: tuple[str, ...] = ALL,
+    *,
+    settings: dict[str, Any] | None = None,
+    routers: torch.Tensor | None = ROUTERS,
+    shas: Callable[[int], str] = str,
+) -> Path:
+    _, layers, top_k = records[0].expert_ids.shape
+    topology = Topology(model_id="m", layers=layers, experts=EXPERTS, top_k=top_k, hidden_size=WIDTH)
+    source = Source(kind="test", settings=settings or {})
+    kept = ("token_ids", "phase", "expert_ids", *fields)
+    with TraceWriter(path / "trace", Manifest(topology=topology, source=source, fields=kept)) as writer:
+        if "hidden" in fields and routers is not None:
+            writer.keep_routers(routers)
+        for number, record in enumerate(records):
+            tensors = {name: tensor for name, tensor in record.tensors() if name in kept}
+            writer.add(f"doc-{number}", f"domain-{number % 2}", shas(number), RoutingRecord(**tensors))
+    return path / "trace"
+
+
+def found(path: Path) -> dict[str, str]:
+    """Severity by code; the page and the JSON of each are made on the way."""
+    result = validate_trace(path)
+    assert Validation.model_validate_json(json.dumps(result.model_dump(mode="json"), allow_nan=False)) == result
+    text = page(result)
+    assert max(map(len, text.splitlines())) <= 112
+    for finding in result.findings:
+        assert f"{finding.code}: " in text
+        assert "nan" not in finding.message
+        assert "\n" not in finding.message
+    return {finding.code: finding.severity for finding in result.findings}
+
+
+def gates_of(record: RoutingRecord) -> torch.Tensor:
+    assert record.gate_weights is not None
+    return record.gate_weights
+
+
+def ids_only(path: Path, ids: list[torch.Tensor], tokens: list[torch.Tensor] | None = None) -> Path:
+    """A trace of given expert ids [T, L, K], of random tokens unless they are given."""
+    draw = torch.Generator().manual_seed(5)
+    records = []
+    for number, ids_TLK in enumerate(ids):
+        size = len(ids_TLK)
+        text = torch.randint(0, 5000, (size,), generator=draw) if tokens is None else tokens[number]
+        phase = torch.zeros(size, dtype=torch.uint8)
+        records.append(RoutingRecord(token_ids=text.int(), phase=phase, expert_ids=ids_TLK.to(torch.int16)))
+    return write(path, records, ())
+
+
+# --- traces without a fault ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real routing: the bundled model on the held-out standard library."""
+    from specmoe.sources.bundled import bundled_model
+    from specmoe.sources.capture import collect
+    from specmoe.sources.corpus import standard_library
+
+    out = tmp_path_factory.mktemp("captured") / "trace"
+    return collect(bundled_model(), standard_library("held-out"), out, max_tokens=3000, max_tokens_per_document=100)
+
+
+def test_a_captured_trace_has_no_finding(captured: Path) -> None:
+    assert found(captured) == {}
+    result = validate_trace(captured)
+    assert result.information is not None
+    assert result.hidden is not None
+    assert min(result.information.deviations.values()) > 20
+    assert result.hidden.recall > result.hidden.frequency + 0.2
+    assert result.hidden.correlation is not None
+    assert min(result.hidden.correlation) > 0.999
+    assert all(layer.overlap is not None and layer.overlap > layer.overlap_chance for layer in result.layers)
+
+
+def test_a_synthetic_trace_has_no_finding_but_its_scale(synthetic_path: Path) -> None:
+    # Its gate weights all sum to the same number below 1 by construction.
+    assert found(synthetic_path) == {"scaled-gates": "note"}
+
+
+def test_a_small_models_trace_has_no_finding(tmp_path: Path) -> None:
+    assert found(write(tmp_path, model_records())) == {}
+
+
+@pytest.mark.parametrize("fields", [(), ("gate_weights",), ("router_logits",), ("hidden",)])
+def test_a_trace_may_keep_less(tmp_path: Path, fields: tuple[str, ...]) -> None:
+    assert found(write(tmp_path, model_records(), fields)) == {}
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+def test_facts_are_what_a_plain_count_gives(tmp_path: Path) -> None:
+    records = model_records(documents=12, tokens=30)
+    result = validate_trace(write(tmp_path, records))
+    sizes = [len(record) for record in records]
+    facts = result.documents
+    assert (facts.documents, facts.tokens) == (12, sum(sizes))
+    assert (facts.shortest, facts.median, facts.longest) == (30, 31.0, 32)
+    assert facts.decode == sum(int(record.phase.sum()) for record in records)
+    assert facts.domains == {"domain-0": 6, "domain-1": 6}
+    assert sum(part.documents for part in result.split.values()) == 12
+    for layer in range(LAYERS):
+        load, tops, joint = np.zeros(EXPERTS), np.zeros(EXPERTS), np.zeros((EXPERTS, EXPERTS))
+        overlap, pairs = 0.0, 0
+        for record in records:
+            ids = record.expert_ids.tolist()
+            for token, places in enumerate(ids):
+                for expert in places[layer]:
+                    load[expert] += 1
+                tops[places[layer][0]] += 1
+                if layer + 1 < LAYERS:
+                    joint[places[layer][0], places[layer + 1][0]] += 1
+                if token:
+                    overlap += len({*places[layer]} & {*ids[token - 1][layer]}) / TOP_K
+                    pairs += 1
+        share, tokens = load / load.sum(), sum(sizes)
+        entropy = -sum(p * np.log2(p) for p in share if p) / np.log2(EXPERTS)
+        unevenness = sum(abs(a - b) for a in load for b in load) / (2 * EXPERTS * load.sum())
+        measured = result.layers[layer]
+        assert measured.entropy == pytest.approx(entropy)
+        assert measured.gini == pytest.approx(unevenness)
+        assert measured.dead == (load == 0).sum()
+        assert measured.max_over_mean == pytest.approx(load.max() / load.mean())
+        assert measured.overlap == pytest.approx(overlap / pairs)
+        assert measured.overlap_chance == pytest.approx(((load / tokens) ** 2).sum() / TOP_K)
+        top = tops / tops.sum()
+        assert measured.top1_bits == pytest.approx(-(top[top > 0] * np.log2(top[top > 0])).sum())
+        if layer + 1 < LAYERS:
+            p = joint / joint.sum()
+            plain = sum(
+                p[i, j] * np.log2(p[i, j] / (p[i].sum() * p[:, j].sum()))
+                for i in range(EXPERTS)
+                for j in range(EXPERTS)
+                if p[i, j]
+            )
+            filled = [np.count_nonzero(table) for table in (joint, joint.sum(0), joint.sum(1))]
+            bias = (filled[0] - filled[1] - filled[2] + 1) / (2 * tokens * np.log(2))
+            assert measured.next_bits == pytest.approx(max(0, plain - bias))
+        else:
+            assert measured.next_bits is None
+
+
+def test_documents_of_any_length_are_cut_into_blocks_without_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specmoe.diagnostics import blocks
+
+    path = write(tmp_path, [*model_records(3, 700), *model_records(20, 20, seed=1)])
+    whole = validate_trace(path)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1)
+    cut = validate_trace(path)
+    assert cut.documents == whole.documents
+    assert cut.findings == whole.findings
+    for left, right in zip(cut.layers, whole.layers, strict=True):
+        # A pair of tokens over a cut is lost, nothing else.
+        assert left.model_copy(update={"overlap": None}) == right.model_copy(update={"overlap": None})
+        assert left.overlap == pytest.approx(right.overlap, abs=0.01)
+
+
+# --- findings about documents --------------------------------------------------------------------------
+
+
+def test_empty_traces(tmp_path: Path) -> None:
+    none = [RoutingRecord(*(tensor[:0] for _, tensor in model_records(1)[0].tensors()))]
+    assert found(write(tmp_path / "a", none)) == {"empty": "error"}
+    with TraceWriter(tmp_path / "b", Trace.open(tmp_path / "a" / "trace").manifest.model_copy(update=NO_SHARDS)):
+        pass
+    assert found(tmp_path / "b") == {"empty": "error"}
+
+
+def test_too_few_documents(tmp_path: Path) -> None:
+    assert found(write(tmp_path / "a", model_records(2, 600)))["cannot-split"] == "error"
+    assert found(write(tmp_path / "b", model_records(6, 200)))["few-documents"] == "warning"
+
+
+def test_too_short_documents(tmp_path: Path) -> None:
+    records = model_records()
+    short = [RoutingRecord(*(tensor[:size] for _, tensor in records[0].tensors())) for size in (0, 1)]
+    assert found(write(tmp_path / "a", [*records, *short]))["short-documents"] == "note"
+    assert found(write(tmp_path / "b", [*records, *short * 6]))["short-documents"] == "warning"
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    records = model_records()
+    path = write(tmp_path / "a", [*records, records[3]], shas=lambda n: "3" if n == 30 else str(n))
+    assert found(path) == {"duplicate-documents": "note"}
+    assert validate_trace(path).documents.same_text == validate_trace(path).documents.same_tokens == 1
+    path = write(tmp_path / "b", [*records, *records[:10]], shas=lambda n: str(n % 30))
+    assert found(path) == {"duplicate-documents": "warning"}
+
+
+def test_text_on_both_sides_of_the_split(tmp_path: Path) -> None:
+    records = model_records(documents=40, tokens=120)
+
+    def opened(count: int, length: int) -> Records:
+        """The first documents begin with the same ``length`` tokens, routed the same."""
+        first = dict(records[0].tensors())
+        shared = []
+        for record in records[:count]:
+            own = dict(record.tensors())
+            shared.append(RoutingRecord(**{n: torch.cat([first[n][:length], own[n][length:]]) for n in own}))
+        return [*shared, *records[count:]]
+
+    assert found(write(tmp_path / "a", opened(30, 100))) == {"split-leak": "error"}
+    assert found(write(tmp_path / "b", opened(30, 60))) == {"split-leak": "note"}
+    assert found(write(tmp_path / "c", opened(30, 40))) == {}
+    # One group stays on one side.
+    manifest = Trace.open(tmp_path / "a" / "trace").manifest.model_copy(update=NO_SHARDS)
+    with TraceWriter(tmp_path / "e", manifest) as writer:
+        for number, record in enumerate(opened(30, 100)):
+            group = "chat" if number < 30 else ""
+            writer.add(f"doc-{number}", "domain", str(number), record, group=group)
+    assert "split-leak" not in found(tmp_path / "e")
+    # The same tokens under another hash, as when texts differ only beyond the cut.
+    assert found(write(tmp_path / "d", [*records, *records]))["split-leak"] == "error"
+
+
+def test_without_token_ids_equal_routing_stands_in_for_equal_text(tmp_path: Path) -> None:
+    records = [replace(record, token_ids=torch.full_like(record.token_ids, -1)) for record in model_records()]
+    assert found(write(tmp_path / "a", records)) == {"unknown-tokens": "note"}
+    both = found(write(tmp_path / "b", [*records, *records]))
+    assert both == {"unknown-tokens": "note", "split-leak": "error"}
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_padding(tmp_path: Path, front: bool) -> None:
+    def padded(record: RoutingRecord, size: int) -> RoutingRecord:
+        place = 0 if front else len(record) - 1
+        tensors = {}
+        for name, tensor in record.tensors():
+            filler = tensor[place : place + 1].expand(size, *tensor.shape[1:])
+            filler = torch.full_like(filler, 1) if name == "token_ids" else filler
+            tensors[name] = torch.cat([filler, tensor] if front else [tensor, filler])
+        return RoutingRecord(**tensors)
+
+    records = model_records()
+    assert found(write(tmp_path / "a", [padded(record, 20) for record in records]))["padding"] == "error"
+    some = [padded(record, 12) if number % 5 == 0 else record for number, record in enumerate(records)]
+    assert found(write(tmp_path / "b", some))["padding"] == "warning"
+    assert "padding" not in found(write(tmp_path / "c", [padded(record, 5) for record in records]))
+
+
+# --- findings about K and E ----------------------------------------------------------------------------
+
+
+def test_another_top_k_than_the_models(tmp_path: Path) -> None:
+    records = model_records()
+    right = {"config": {"num_experts_per_tok": TOP_K, "num_experts": EXPERTS}}
+    assert found(write(tmp_path / "a", records, settings=right)) == {}
+    for number, wrong in enumerate(({"top_k": 3}, {"config": {"num_local_experts": 16}})):
+        assert found(write(tmp_path / f"b{number}", records, settings=wrong)) == {"top-k-mismatch": "error"}
+
+
+def test_an_expert_named_twice(tmp_path: Path) -> None:
+    records = model_records()
+    ids = records[4].expert_ids.clone()
+    ids[7, 2, 1] = ids[7, 2, 0]
+    records[4] = replace(records[4], expert_ids=ids)
+    path = write(tmp_path, records)
+    assert found(path)["repeated-experts"] == "error"
+    assert "1 of " in next(f.message for f in validate_trace(path).findings if f.code == "repeated-experts")
+    assert "layer 2" in next(f.message for f in validate_trace(path).findings if f.code == "repeated-experts")
+
+
+def test_slots_without_an_expert(tmp_path: Path) -> None:
+    ids = [record.expert_ids for record in model_records()]
+    empty = [torch.cat([one, torch.full_like(one, -1)], -1) for one in ids]
+    wider = [replace(record, expert_ids=one) for record, one in zip(model_records(), empty, strict=True)]
+    assert found(write(tmp_path / "a", wider, ()))["empty-slots"] == "warning"
+    dropping = []
+    for record in model_records():
+        ids = record.expert_ids.clone()
+        ids[::9, :, 1] = -1
+        dropping.append(replace(record, expert_ids=ids))
+    assert found(write(tmp_path / "b", dropping, ())) == {"dropped-slots": "note"}
+    assert found(write(tmp_path / "c", dropping, ("gate_weights",)))["unserved-gates"] == "warning"
+    right = [replace(r, gate_weights=gates_of(r) * (r.expert_ids >= 0)) for r in dropping]
+    assert found(write(tmp_path / "d", right)) == {"dropped-slots": "note"}
+
+
+def test_ids_beyond_the_experts(tmp_path: Path) -> None:
+    records = []
+    for record in model_records():
+        ids = record.expert_ids.clone()
+        ids[::5, 1, 1] = EXPERTS + 3
+        records.append(replace(record, expert_ids=ids))
+    path = write(tmp_path / "a", records)
+    assert found(path) == {"beyond-experts": "note"}
+    # A model with two zero experts has no id 11.
+    topology = Trace.open(path).topology.model_copy(update={"zero_experts": 2})
+    kept = ("token_ids", "phase", "expert_ids")
+    with TraceWriter(tmp_path / "b", Manifest(topology=topology, source=Source(kind="test"), fields=kept)) as writer:
+        for number, record in enumerate(records):
+            bare = RoutingRecord(record.token_ids, record.phase, record.expert_ids)
+            writer.add(f"doc-{number}", "d", str(number), bare)
+    assert found(tmp_path / "b") == {"beyond-experts": "error"}
+
+
+def test_a_number_of_experts_taken_from_the_ids(tmp_path: Path) -> None:
+    path = write(tmp_path, model_records(), settings={"experts_from": "ids"})
+    assert found(path) == {"inferred-experts": "note"}
+
+
+# --- findings about the routing ------------------------------------------------------------------------
+
+
+def test_dead_experts_and_collapsed_layers(tmp_path: Path) -> None:
+    lame = []
+    for record in model_records():
+        assert record.router_logits is not None
+        ids, _ = route(record.router_logits - 99 * (torch.arange(EXPERTS) == 6))
+        lame.append(replace(record, expert_ids=ids))
+    assert found(write(tmp_path / "a", lame, ())) == {"dead-experts": "note"}
+    one, all_of_them = [], []
+    for record in model_records():
+        value = record.expert_ids.clone()
+        value[:, 2] = torch.tensor([5, 1])
+        one.append(replace(record, expert_ids=value))
+        value = torch.tensor([5, 1], dtype=torch.int16).expand_as(value).contiguous()
+        all_of_them.append(replace(record, expert_ids=value))
+    some = found(write(tmp_path / "b", one, ()))
+    assert some["collapsed-layers"] == "warning"
+    every = found(write(tmp_path / "c", all_of_them, ()))
+    assert every["collapsed-layers"] == "error"
+    # Two collapsed layers are no copies of each other, nor are two collapsed documents.
+    assert not {"identical-layers", "shifted-layers", "copied-routing"} & {*some, *every}
+
+
+def test_a_layer_that_copies_another(tmp_path: Path) -> None:
+    same, later = [], []
+    for record in model_records():
+        value = record.expert_ids.clone()
+        value[:, 3] = value[:, 0].flip(-1)
+        same.append(replace(record, expert_ids=value))
+        value = record.expert_ids.clone()
+        value[:-2, 3] = record.expert_ids[2:, 1]
+        later.append(replace(record, expert_ids=value))
+    assert found(write(tmp_path / "a", same, ())) == {"identical-layers": "error"}
+    path = write(tmp_path / "b", later, ())
+    assert found(path) == {"shifted-layers": "error"}
+    (finding,) = validate_trace(path).findings
+    assert "layer 3 routes as layer 1 does 2 tokens later" in finding.message
+
+
+@pytest.mark.parametrize("shift", [0, 5])
+def test_a_document_whose_routing_is_anothers(tmp_path: Path, shift: int) -> None:
+    records = model_records(tokens=80)
+    for copy in (11, 17):
+        value = records[copy].expert_ids.clone()
+        length = min(len(value) - shift, len(records[3]))
+        value[shift : shift + length] = records[3].expert_ids[:length]
+        records[copy] = replace(records[copy], expert_ids=value)
+    path = write(tmp_path, records, ())
+    assert found(path) == {"copied-routing": "error"}
+    assert "3 of 30 documents" in validate_trace(path).findings[0].message
+
+
+def test_certain_synthetic_routing_is_copies_of_few_documents(tmp_path: Path) -> None:
+    shape = Topology(model_id="s", layers=4, experts=8, top_k=2, hidden_size=16)
+    synthetic_trace(tmp_path / "t", topology=shape, documents=60, tokens=60, determinism=1.0, seed=1)
+    assert found(tmp_path / "t")["split-leak"] == "error"
+
+
+def test_routing_without_anything_to_foresee(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.tensor([8.0, 4, 2, 2, 1, 1, 1, 1])
+    places = weights.expand(40 * 50 * LAYERS, -1)
+    ids = list(torch.multinomial(places, TOP_K, generator=draw).view(40, 50, LAYERS, TOP_K))
+    tokens = [torch.randint(0, 30, (50,), generator=draw) for _ in range(40)]
+    assert found(ids_only(tmp_path / "a", ids, tokens)) == {"iid-routing": "error"}
+    # One source is enough: tokens, the layer before, or the token before.
+    by_token = torch.rand(30, LAYERS, EXPERTS, generator=draw).topk(TOP_K, -1).indices
+    chosen = torch.rand(40, 50, LAYERS, 1, generator=draw) < 0.2
+    mixed = [torch.where(chosen[n], by_token[tokens[n]], ids[n]) for n in range(40)]
+    assert found(ids_only(tmp_path / "b", mixed, tokens)) == {}
+    below = [value.clone() for value in ids]
+    sticky = [value.clone() for value in ids]
+    for value in below:
+        follow = torch.rand(50, generator=draw) < 0.3
+        value[follow, 2] = (value[follow, 1] + 1) % EXPERTS
+    for value in sticky:
+        for token in range(1, 50):
+            if torch.rand((), generator=draw) < 0.3:
+                value[token] = value[token - 1]
+    assert found(ids_only(tmp_path / "c", below, tokens)) == {}
+    assert found(ids_only(tmp_path / "d", sticky, tokens)) == {}
+    # Too little to tell.
+    assert "iid-routing" not in found(ids_only(tmp_path / "e", ids[:15], tokens[:15]))
+
+
+def test_routing_that_only_hidden_states_foresee_is_not_called_hopeless(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    routers = ROUTERS * (torch.arange(WIDTH) < 8)
+    records = []
+    for record in model_records(40, 50):
+        # The next layer's route hides where no earlier route shows it.
+        hidden = torch.randn(len(record), LAYERS, WIDTH, generator=draw)
+        hidden[:, :-1, 8:] = hidden[:, 1:, :8]
+        logits = torch.einsum("tld,led->tle", hidden.half().float(), routers)
+        ids, gates = route(logits)
+        tokens = torch.randint(0, 5000, (len(record),), generator=draw).int()
+        records.append(RoutingRecord(tokens, record.phase, ids, gates, logits, hidden.half()))
+    assert "iid-routing" not in found(write(tmp_path / "a", records, routers=routers))
+    assert found(write(tmp_path / "b", records, ())) == {"iid-routing": "error"}
+
+
+# --- findings about gates and logits -------------------------------------------------------------------
+
+
+def test_gates_that_are_no_probabilities(tmp_path: Path) -> None:
+    def with_gates(change: Callable[[torch.Tensor], torch.Tensor]) -> Records:
+        return [replace(record, gate_weights=change(gates_of(record))) for record in model_records()]
+
+    def codes(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, str]:
+        return found(write(tmp_path / name, with_gates(change), ("gate_weights",)))
+
+    normal = lambda gates: gates / gates.sum(-1, keepdim=True)  # noqa: E731
+    assert codes("normalised", normal) == {}
+    assert codes("scaled", lambda gates: 2.5 * normal(gates)) == {"scaled-gates": "note"}
+    assert codes("zero", torch.zeros_like) == {"scaled-gates": "warning"}
+    assert codes("negative", lambda gates: gates.log() + 1) == {"negative-gates": "error"}
+    assert codes("wild", lambda gates: 20 * gates.square()) == {"odd-gates": "warning"}
+    assert codes("even", lambda gates: torch.full_like(gates, 0.5)) == {"constant-gates": "warning"}
+    assert codes("sigmoid", lambda gates: gates.sqrt()) == {}
+
+
+def test_gates_in_another_order_than_the_ids(tmp_path: Path) -> None:
+    flipped = [replace(record, gate_weights=gates_of(record).flip(-1)) for record in model_records()]
+    assert found(write(tmp_path / "a", flipped))["unordered-gates"] == "error"
+    some = [*flipped[:3], *model_records()[3:]]
+    assert found(write(tmp_path / "b", some))["unordered-gates"] == "warning"
+    # Ids and weights may come in any order, as long as it is the same.
+    both = [replace(record, expert_ids=record.expert_ids.flip(-1)) for record in flipped]
+    assert found(write(tmp_path / "c", both)) == {}
+
+
+def test_logits_that_do_not_lead_to_the_ids(tmp_path: Path) -> None:
+    biased = []
+    for record in model_records():
+        assert record.router_logits is not None
+        scores = record.router_logits.sigmoid()
+        ids = (scores + torch.linspace(0, 0.5, EXPERTS)).topk(TOP_K, -1).indices
+        biased.append(replace(record, expert_ids=ids.to(torch.int16), gate_weights=scores.gather(-1, ids)))
+    assert found(write(tmp_path / "a", biased)) == {"route-not-top-k": "note"}
+    foreign = []
+    for record in model_records():
+        assert record.router_logits is not None
+        foreign.append(replace(record, router_logits=record.router_logits.roll(7, 0).contiguous()))
+    codes = found(write(tmp_path / "b", foreign, ("router_logits",)))
+    assert codes == {"foreign-logits": "error"}
+
+
+# --- findings about hidden states ----------------------------------------------------------------------
+
+
+def with_hidden(change: Callable[[torch.Tensor], torch.Tensor]) -> Records:
+    return [replace(r, hidden=change(r.hidden).contiguous()) for r in model_records() if r.hidden is not None]
+
+
+def test_hidden_states_that_are_noise(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(3)
+    noise = with_hidden(lambda hidden: torch.randn(hidden.shape, generator=draw).half())
+    assert found(write(tmp_path / "a", noise, ("hidden",))) == {"noise-hidden": "error"}
+    assert found(write(tmp_path / "b", noise)) == {"noise-hidden": "error", "foreign-routers": "error"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda hidden: hidden.roll(-1, 1), "aligned with "),
+        (lambda hidden: hidden.roll(1, 0), "aligned with token t-1"),
+        (lambda hidden: hidden.roll(-1, 0), "aligned with token t+1"),
+        (lambda hidden: hidden[:, [2, 3, 0, 1]], "permuted"),
+    ],
+)
+def test_hidden_states_of_another_place(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    path = write(tmp_path, with_hidden(change), ("hidden",))
+    codes = found(path)
+    assert codes == {"misplaced-hidden": "error"}
+    assert words in validate_trace(path).findings[0].message
+
+
+@pytest.mark.parametrize(("by", "words"), [(1, "aligned with layer s+1"), (-1, "aligned with layer s-1")])
+def test_real_hidden_states_one_layer_off(captured: Path, tmp_path: Path, by: int, words: str) -> None:
+    # Neighbouring layers of a residual stream resemble each other, so this is the hard case.
+    trace = Trace.open(captured)
+    shape = trace.topology
+    manifest = Manifest(topology=shape, source=Source(kind="test"), fields=trace.manifest.fields)
+    with TraceWriter(tmp_path, manifest) as writer:
+        for index, document in enumerate(trace.documents):
+            record = trace.read(index)
+            assert record.hidden is not None
+            places = (torch.arange(shape.layers) + by).clamp(0, shape.layers - 1)
+            moved = replace(record, hidden=record.hidden[:, places])
+            writer.add(document.doc_id, document.domain, document.text_sha256, moved)
+    assert found(tmp_path) == {"misplaced-hidden": "error"}
+    assert words in validate_trace(tmp_path).findings[0].message
+
+
+def test_hidden_states_one_layer_late(tmp_path: Path) -> None:
+    # Layer s holds what the router of layer s + 1 read, and the last layer repeats its own.
+    path = write(tmp_path, with_hidden(lambda hidden: hidden[:, [1, 2, 3, 3]]), ("hidden",))
+    assert found(path) == {"misplaced-hidden": "error"}
+    assert "aligned with layer s+1" in validate_trace(path).findings[0].message
+
+
+def test_routers_that_do_not_give_the_logits(tmp_path: Path) -> None:
+    moved = write(tmp_path / "a", model_records(), routers=ROUTERS.roll(1, 0))
+    assert found(moved) == {"foreign-routers": "error"}
+    assert "hidden × router 1 gives those of layer 0" in validate_trace(moved).findings[0].message
+    bent = ROUTERS + 0.3 * torch.randn(ROUTERS.shape, generator=torch.Generator().manual_seed(1))
+    assert found(write(tmp_path / "b", model_records(), routers=bent)) == {"foreign-routers": "warning"}
+    assert found(write(tmp_path / "c", model_records(), routers=None)) == {}
+
+
+def test_too_few_documents_to_probe(tmp_path: Path) -> None:
+    records = [record if number < 5 else replace(record, hidden=None) for number, record in enumerate(model_records())]
+    assert found(write(tmp_path, records))["unprobed-hidden"] == "note"
+
+
+# --- anything that a trace may hold ---------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_whatever_a_trace_holds_it_is_answered(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    layers, experts = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    top_k = data.draw(st.integers(1, experts))
+    width, scale = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([0.0, 1.0, 1e30, 3e38]))
+    fields = tuple(name for name in ALL if data.draw(st.booleans()))
+    span = data.draw(st.sampled_from([(-1, experts + 2), (0, experts), (-1, 0), (0, 1)]))
+    sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 60, 120]), max_size=30))
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    topology = Topology(model_id="m", layers=layers, experts=experts, top_k=top_k, hidden_size=width)
+    path = tmp_path_factory.mktemp("any") / "trace"
+    manifest = Manifest(
+        topology=topology, source=Source(kind="test"), fields=("token_ids", "phase", "expert_ids", *fields)
+    )
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return (torch.rand(*shape, generator=draw) - 0.5) * scale
+
+    with TraceWriter(path, manifest) as writer:
+        if data.draw(st.booleans()):
+            writer.keep_routers(numbers(layers, experts, width))
+        for number, size in enumerate(sizes):
+            tensors = {
+                "gate_weights": numbers(size, layers, top_k),
+                "router_logits": numbers(size, layers, experts),
+                "hidden": numbers(size, layers, width),
+            }
+            if data.draw(st.booleans()):
+                tensors.pop("hidden")
+            record = RoutingRecord(
+                token_ids=torch.randint(-1, 4, (size,), generator=draw, dtype=torch.int32),
+                phase=torch.randint(0, 2, (size,), generator=draw, dtype=torch.uint8),
+                expert_ids=torch.randint(*span, (size, layers, top_k), generator=draw, dtype=torch.int16),
+                **{name: tensor for name, tensor in tensors.items() if name in fields},
+            )
+            writer.add(f"doc-{number}", "d", str(number), record)
+    found(path)
+
+
+# --- the verb ------------------------------------------------------------------------------------------
+
+
+def test_every_check_says_what_it_looks_for() -> None:
+    assert all(check.__doc__ for check in CHECKS)
+    documented = (Path(__file__).parent.parent / "docs" / "validate.md").read_text(encoding="utf-8")
+    source = Path(__file__).read_text(encoding="utf-8")
+    for check in CHECKS:
+        code = check.__name__.replace("_", "-")
+        assert f"`{code}`" in documented, code
+        assert f'"{code}"' in source, code
+
+
+def test_the_verb_prints_a_page_and_its_exit_code_tells_of_errors(
+    tmp_path: Path, synthetic_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(["validate", str(synthetic_path)]) == 0
+    out = capsys.readouterr().out
+    tokens = f"{Trace.open(synthetic_path).tokens:,}"
+    assert f"{tokens} (" in out
+    assert "1 note" in out
+    assert run_verb(["validate", str(write(tmp_path, model_records(2)))]) == 1
+    assert "ERROR   cannot-split" in capsys.readouterr().out
+
+
+def test_the_verb_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, model_records(2))
+    assert run_verb(["validate", str(path), "--json"]) == 1
+    result = Validation.model_validate_json(capsys.readouterr().out)
+    assert result.has_errors
+    assert result == validate_trace(path)
+
+
+def test_bad_input_ends_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(["validate", str(tmp_path)]) == 2
+    path = write(tmp_path, model_records(4))
+    shard = path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x99")
+    assert run_verb(["validate", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("error: ") == 2
