@@ -44,7 +44,7 @@ def test_results_describe_themselves(finished: tuple[Results, Path], synthetic_p
     content = json.loads((out / "results.json").read_text())
     assert content["format"] == "specmoe-results"
     assert results.trace.documents == 30
-    assert sum(results.split.documents.values()) == 24
+    assert sum(results.split.documents.values()) == 30
     assert results.protocol.horizons == HORIZONS
     assert set(results.made.versions) == {"specmoe", "torch", "python"}
     assert results.split.hash == SuiteData.load(synthetic_path, HORIZONS).split.hash

@@ -322,11 +322,38 @@ class Windows:
             phase_BT=pick(self.phase),
         )
 
+    def by_length(self, tokens: int) -> Iterator[tuple[Tensor, Window]]:
+        """All windows once, those of similar length together and cut to the longest of them.
+
+        Traces of short prompts would otherwise be mostly padding.
+
+        Args:
+            tokens: in a batch, padding included (one window at least).
+
+        Yields:
+            Row numbers of the windows [B], and the windows.
+        """
+        position = torch.arange(1, self.valid.shape[1] + 1)
+        lengths = (self.valid * position).amax(1).clamp_min(1)
+        order = lengths.argsort(descending=True, stable=True)
+        first = 0
+        while first < len(order):
+            longest = int(lengths[order[first]])
+            rows = order[first : first + max(1, tokens // longest)]
+            yield rows, _cut(self.batch(rows), longest)
+            first += len(rows)
+
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Window]:
         """All windows once, ``size`` at a time; in random order if a generator is given."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for rows in order.split(size):
             yield self.batch(rows if generator is not None else slice(int(rows[0]), int(rows[-1]) + 1))
+
+
+def _cut(window: Window, tokens: int) -> Window:
+    """The first tokens of every window of a batch."""
+    cut = {n: value[:, :tokens] for n, value in vars(window).items() if isinstance(value, Tensor) and value.ndim > 1}
+    return replace(window, **cut)
 
 
 def routed_of(expert_ids: Tensor, experts: int) -> Tensor:

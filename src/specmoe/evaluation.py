@@ -112,13 +112,11 @@ def evaluate(
     tally = Tally(documents, {}, torch.zeros(shape, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
     if not only_recall:
         tally.bins = torch.zeros(len(documents), horizons, CALIBRATION_BINS, 3, dtype=torch.float64)
-    first = 0
-    for window in windows.batches(max(1, batch_tokens // (windows.length + windows.context))):
+    for rows, window in windows.by_length(batch_tokens):
         window = window.to(device)
         targets = targets_of(window, predictor.horizons)
         logits = predictor(window)
-        document = group_of_window[first : first + len(window.document_B)]
-        first += len(window.document_B)
+        document = group_of_window[rows]
         assert window.phase_BT is not None
         group = (document[:, None] * PHASES + window.phase_BT.cpu()).flatten()
         if only_recall:

@@ -45,11 +45,13 @@ def ranks(logits: Tensor, expert_ids: Tensor) -> Tensor:
     experts = logits.shape[-1]
     # Nothing compares with NaN, which would put all experts first.
     logits = logits.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    ids = expert_ids.clamp_min(0)
-    own = logits.gather(-1, ids)[..., None]
-    others = logits[..., None, :]
-    before = torch.arange(experts, device=logits.device) < ids[..., None]
-    rank = ((others > own) | ((others == own) & before)).sum(-1)
+    number = torch.arange(experts, device=logits.device)
+    rank = torch.empty_like(expert_ids)
+    # One slot at a time: all K at once would hold K x E comparisons for every event.
+    for slot in range(expert_ids.shape[-1]):
+        own_id = expert_ids[..., slot : slot + 1].clamp_min(0)
+        own = logits.gather(-1, own_id)
+        rank[..., slot] = (logits > own).sum(-1) + ((logits == own) & (number < own_id)).sum(-1)
     return torch.where(expert_ids >= 0, rank, experts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -142,9 +142,3 @@ def with_shuffled_hidden(windows: Windows, seed: int = 0) -> Windows:
     hidden[valid] = hidden[valid[order]]
     shuffled.hidden = hidden.view(windows.hidden.shape)
     return shuffled
-
-
-def first_tokens(window: Window, tokens: int) -> Window:
-    """The first tokens of every window of a batch."""
-    cut = {name: value[:, :tokens] for name, value in vars(window).items() if hasattr(value, "ndim") and value.ndim > 1}
-    return replace(window, **cut)

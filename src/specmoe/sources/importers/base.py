@@ -72,6 +72,7 @@ class ForeignTrace:
         fields: what every document's record holds (``hidden`` may be absent from some).
         documents: streamed; may be iterated over once.
         count: documents in all, None where that takes reading all of it.
+        experts_known: whether the file says how many experts a layer has; router logits say so too.
         settings: what the file says of how it was made, for the manifest.
         warnings: what was dropped or looks doubtful, one line each; complete when ``documents`` is exhausted.
         tokenizer: name of the tokenizer that the token ids belong to, if known.
@@ -82,6 +83,7 @@ class ForeignTrace:
     fields: tuple[str, ...]
     documents: Iterable[ImportedDocument]
     count: int | None = None
+    experts_known: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     tokenizer: str = ""

@@ -97,6 +97,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         fields=("token_ids", "phase", "expert_ids") + (("gate_weights",) if contents.weights else ()),
         documents=_documents(path, files, layers_L, topology.top_k, bool(contents.weights), warnings),
         count=contents.turns,
+        experts_known=preamble.experts > 0,
         settings=_settings(preamble, layers_L),
         warnings=warnings,
     )

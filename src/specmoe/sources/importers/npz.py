@@ -78,12 +78,14 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         fields = _fields(file, survey.rows, topology)
         if unknown := [name for name in file.names if name not in _KNOWN]:
             warnings.append(f"arrays that no field of a trace stands for were left out: {', '.join(unknown)[:200]}")
+        experts_known = "num_experts" in file
         settings = {"layers": _whole_numbers(file, "layers", topology.layers)} if "layers" in file else {}
     return ForeignTrace(
         topology=topology,
         fields=fields,
         documents=_documents(path, cuts, names, domains, groups),
         count=len(names),
+        experts_known=experts_known,
         settings=settings,
         warnings=warnings,
     )

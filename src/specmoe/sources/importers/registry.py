@@ -96,9 +96,15 @@ def import_trace(
         raise SpecmoeError(f"{path} does not exist")
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
-        foreign = importer.read(path, options or ImportOptions())
+        options = options or ImportOptions()
         try:
-            _write(foreign, _manifest(foreign, importer, path), out, on_progress)
+            foreign = importer.read(path, options)
+        except SpecmoeError as error:
+            if str(path) in str(error):
+                raise
+            raise SpecmoeError(f"{path}: {error}") from error
+        try:
+            _write(foreign, _manifest(foreign, importer, path, options), out, on_progress)
         finally:
             if isinstance(foreign.documents, Generator):
                 foreign.documents.close()  # with the files that it has open
@@ -107,8 +113,14 @@ def import_trace(
     return foreign.warnings
 
 
-def _manifest(foreign: ForeignTrace, importer: Importer, path: Path) -> Manifest:
-    settings = {"file": path.name, "file_sha256": fingerprint(path), **foreign.settings}
+def _manifest(foreign: ForeignTrace, importer: Importer, path: Path, options: ImportOptions) -> Manifest:
+    known = options.experts is not None or foreign.experts_known or "router_logits" in foreign.fields
+    settings = {
+        "experts_from": ("user" if options.experts is not None else "file") if known else "ids",
+        "file": path.name,
+        "file_sha256": fingerprint(path),
+        **foreign.settings,
+    }
     source = Source(kind=importer.name, tokenizer=foreign.tokenizer, settings=settings)
     return Manifest(topology=foreign.topology, source=source, fields=foreign.fields)
 

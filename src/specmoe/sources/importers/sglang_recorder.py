@@ -111,6 +111,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         topology=topology,
         fields=fields_of([]),
         documents=_documents(kept, named, layers, chosen),
+        experts_known=experts > 0,
         settings={"layers": layers.tolist()},
         warnings=warnings,
     )
