@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 96
 # What a configuration calls its sizes; each family takes the names that it knows.
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers"), 3),
     **dict.fromkeys(("num_attention_heads", "n_heads"), 4),
@@ -51,7 +51,7 @@ _LARGEST = 8_000_000
 
 @dataclass(frozen=True)
 class Tiny:
-    """Which classes to build a family from, and what its configuration needs beside :data:`_SIZES`."""
+    """Which classes to build a family from, and what its configuration needs beside :data:`SIZES`."""
 
     config: str
     model: str
@@ -60,6 +60,7 @@ class Tiny:
 
 _LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has as many key as query heads
 _GROUPED = {"topk_method": "group_limited_greedy"}
+_KIMI = {"num_hidden_layers": 5, "linear_num_heads": 4, "linear_head_dim": 8}  # the reference code is cubic
 _HYBRID = {"num_hidden_layers": 4}  # every fourth layer has full attention
 
 TINY: dict[str, Tiny] = {
@@ -142,7 +143,7 @@ TINY: dict[str, Tiny] = {
     "inkling2": Tiny("inkling2_text", "Inkling2ForCausalLM"),
     "jamba": Tiny("jamba", "JambaForCausalLM", {**_HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "jetmoe": Tiny("jetmoe", "JetMoeForCausalLM"),
-    "kimi_linear": Tiny("kimi_linear", "KimiLinearForCausalLM", {**_LATENT, "num_hidden_layers": 5}),
+    "kimi_linear": Tiny("kimi_linear", "KimiLinearForCausalLM", {**_LATENT, **_KIMI}),
     "kolibri1": Tiny("kolibri1", "Kolibri1ForCausalLM"),
     "laguna": Tiny("laguna", "LagunaForCausalLM"),
     "lfm2_moe": Tiny("lfm2_moe", "Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}),
@@ -156,7 +157,7 @@ TINY: dict[str, Tiny] = {
     "mistral4": Tiny("mistral4", "Mistral4ForCausalLM", _LATENT),
     "mistral_large4": Tiny("mistral_large4_text", "MistralLarge4TextModel", _LATENT),
     "mixtral": Tiny("mixtral", "MixtralForCausalLM"),
-    "muse_spark": Tiny("muse_spark_text", "MuseSparkTextModel"),
+    "muse_spark": Tiny("muse_spark_text", "MuseSparkTextModel", {"moe_hidden_size": 24}),
     "nemotron_h": Tiny("nemotron_h", "NemotronHForCausalLM"),
     "olmoe": Tiny("olmoe", "OlmoeForCausalLM"),
     "openai_privacy_filter": Tiny("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
@@ -165,7 +166,11 @@ TINY: dict[str, Tiny] = {
     "qwen3_5_moe": Tiny("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", _HYBRID),
     "qwen3_moe": Tiny("qwen3_moe", "Qwen3MoeForCausalLM"),
     "qwen3_next": Tiny("qwen3_next", "Qwen3NextForCausalLM", _HYBRID),
-    "qwen3_omni_moe": Tiny("qwen3_omni_moe_text", "Qwen3OmniMoeThinkerTextModel"),
+    "qwen3_omni_moe": Tiny(
+        "qwen3_omni_moe_text",
+        "Qwen3OmniMoeThinkerTextModel",
+        {"sliding_window": None},  # the cache would keep a window, the model attends to all
+    ),
     "qwen3_vl_moe": Tiny("qwen3_vl_moe_text", "Qwen3VLMoeTextModel"),
     "qwen4_exp": Tiny(
         "qwen4_exp_text",
@@ -189,17 +194,20 @@ def tiny_config(name: str, **changes: Any) -> Any:
     kind = CONFIG_MAPPING[tiny.config]
     known = {parameter for base in kind.__mro__ for parameter in getattr(base, "__annotations__", {})}
     known |= set(getattr(kind, "attribute_map", {}))
-    sizes = {key: value for key, value in _SIZES.items() if key in known}
+    sizes = {key: value for key, value in SIZES.items() if key in known}
     return kind(**{**sizes, **tiny.sizes, **changes})
 
 
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A family's tiny model in evaluation mode, with random weights, routers and correction biases."""
-    config = tiny_config(name, **changes)
-    kind = _class(TINY[name].model, name)
+    return randomised(model_class(TINY[name].model, name), tiny_config(name, **changes), seed)
+
+
+def randomised(kind: Any, config: Any, seed: int = 0) -> Any:
+    """A model of a class in evaluation mode, with random weights, routers and correction biases; refused if large."""
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in kind(config).parameters())
-    assert numbers < _LARGEST, f"{name} is no tiny model: {numbers:,} parameters"
+    assert numbers < _LARGEST, f"{kind.__name__} is no tiny model: {numbers:,} parameters"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = kind(config).eval()
@@ -217,7 +225,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def _class(name: str, family: str) -> Any:
+def model_class(name: str, family: str) -> Any:
+    """A class of transformers, exported or found in its family's modelling code."""
     if hasattr(transformers, name):
         return getattr(transformers, name)
     return getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)

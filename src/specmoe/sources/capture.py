@@ -123,7 +123,8 @@ def collect(
     else:
         loaded = load_model(model, dtype=dtype, device=device, device_map=device_map, stack=stack)
     if generation is not None and loaded.stack == "encoder":
-        raise SpecmoeError("an encoder writes nothing; leave --generate out, or capture the decoder")
+        other = ", or capture the decoder" if "decoder" in loaded.family.stacks else ""
+        raise SpecmoeError(f"an encoder writes nothing; leave --generate out{other}")
     encoded, skipped = encode_documents(
         loaded, documents, max_tokens_per_document, max_tokens, seed, generation.tokens if generation else 0
     )

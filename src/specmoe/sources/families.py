@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError, unknown_name
 
-__all__ = ["EXCLUDED", "FAMILIES", "Family", "RouterSite", "family_of", "router_sites"]
+__all__ = ["EXCLUDED", "FAMILIES", "NOT_TEXT", "Family", "RouterSite", "family_of", "router_sites"]
 
 Route = tuple[Tensor, Tensor]
 # Parts of a multimodal model that text does not pass through.
-_NOT_TEXT = {"vision", "visual", "vision_tower", "vision_model", "vision_moe", "audio", "audio_tower", "talker"}
+NOT_TEXT = {"vision", "visual", "vision_tower", "vision_model", "vision_moe", "audio", "audio_tower", "talker"}
 
 
 def _first_output(output: Any) -> Tensor:
@@ -51,6 +51,7 @@ class Family:
         note: what else a reader of its traces should know.
         stacks: name of each stack and the part of a block's path that marks it; the first is captured unless
             another one is asked for.
+        reader: where a whole model's text is read by one part of its base model only, that part's name.
         is_encoder_decoder: the model needs an encoder input beside the decoder's.
         read_logits: router's output → logits [..., E].
         read_executed: the block and the arguments of the experts' forward → ids [N, K] int64 and gate weights [N, K];
@@ -67,6 +68,7 @@ class Family:
     zero: bool = False
     note: str = ""
     stacks: dict[str, str] = field(default_factory=lambda: {"decoder": ""})
+    reader: str = ""
     is_encoder_decoder: bool = False
     read_logits: Callable[[Any], Tensor] = _first_output
     read_executed: Callable[[Any, tuple[Any, ...]], Route] | None = _ids_then_weights
@@ -156,8 +158,11 @@ _ROWS = (
     ),
     Family(
         "diffusion_gemma",
+        stacks={"encoder": r"^(?!.*\bdecoder\.)"},
+        reader="encoder",
         read_logits=_logarithm,
-        note="the text encoder; logits are log-probabilities; router and experts see different inputs",
+        note="the causal encoder, whose weights its diffusion decoder shares; logits are log-probabilities; "
+        "router and experts see different inputs",
     ),
     _biased("dots1", groups=True, shared=True, dense=True),
     _biased("dots3_note", groups=True, shared=True, dense=True, note="text part of a multimodal model"),
@@ -247,7 +252,8 @@ _ROWS = (
         bias=True,
         zero=True,
         read_executed=_zaya_skips,
-        note="id E is the skip expert; the router carries a state from layer to layer",
+        note="id E is the skip expert, whose bias transformers 5.23 loses on loading and we restore; "
+        "the router carries a state from layer to layer",
     ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}
@@ -261,19 +267,28 @@ EXCLUDED: dict[str, str] = {
 _OTHER_NAMES = {"inkling_mm_model": "inkling", "step3p5": "step3p7", "nllb-moe": "nllb_moe"}
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, text_type: str | None = None) -> Family:
     """The row of a ``config.model_type``; a text part (``..._text``) has its whole model's.
+
+    Args:
+        model_type: of the model. text_type: of its text part, which tells how a model routes that has no row of
+            its own, such as Mistral-3 around Mistral-4 or Kimi-K2.5 around DeepSeek-V3.
 
     Raises:
         SpecmoeError: there is no row for it.
     """
-    stem = re.sub(r"_(text|thinker|talker)$", "", model_type)
-    name = next((n for n in (_OTHER_NAMES.get(model_type), model_type, stem) if n in FAMILIES or n in EXCLUDED), None)
+    names = [name for each in (model_type, text_type) if each is not None for name in _names(each)]
+    name = next((name for name in names if name in FAMILIES or name in EXCLUDED), None)
     if name in EXCLUDED:
         raise SpecmoeError(f"{model_type} models cannot be captured: {EXCLUDED[name]}")
     if name is None:
         raise unknown_name("model family", model_type, FAMILIES)
     return FAMILIES[name]
+
+
+def _names(model_type: str) -> list[str]:
+    stem = re.sub(r"_(text|thinker|talker)$", "", model_type)
+    return [_OTHER_NAMES.get(model_type, model_type), model_type, stem]
 
 
 def router_sites(model: nn.Module, family: Family, stack: str | None = None) -> list[RouterSite]:
@@ -289,7 +304,7 @@ def router_sites(model: nn.Module, family: Family, stack: str | None = None) -> 
     for path, block in model.named_modules():
         router = _child(block, "gate") or _child(block, "router")
         experts = _child(block, "experts") if family.read_executed is not None else block
-        if router is None or experts is None or _NOT_TEXT & set(path.split(".")):
+        if router is None or experts is None or NOT_TEXT & set(path.split(".")):
             continue
         if re.search(family.stacks[stack], path):
             whole = model.get_submodule(_layer_path(path))

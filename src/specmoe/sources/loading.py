@@ -98,12 +98,13 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         raise unknown_name("dtype", run.dtype, [*DTYPES, "auto"])
     local = _is_local(model)
     with _quiet():
-        family = family_of(_model_type(model, local))
+        checkpoint = _described(model, local)
+        family = family_of(checkpoint.model_type, checkpoint.text_type)
         if stack is not None and stack not in family.stacks:
             raise unknown_name("stack", stack, family.stacks)
         tokenizer = _tokenizer(model, local)
         try:
-            live = _trained(model, local, run) if seed is None else _untrained(model, local, run, seed)
+            live = _trained(model, local, run, checkpoint) if seed is None else _untrained(model, local, run, seed)
             live = live.eval()
             stack = stack or next(iter(family.stacks))
             topology = topology_of_model(live, family, stack, Path(model) if local else None)
@@ -122,7 +123,7 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         topology=topology.model_copy(update={"model_id": name, "revision": revision}),
         stack=stack,
         tokenizer_id=tokenizer_hash(tokenizer),
-        settings=_settings(live, family, run, stack, seed),
+        settings=_settings(live, family, run, stack, seed, checkpoint.quantisation),
     )
 
 
@@ -139,18 +140,64 @@ def _tokenizer(model: str, local: bool) -> Any:
     return tokenizer
 
 
-def _trained(model: str, local: bool, run: _Run) -> Any:
-    config = _config(model, local)
-    quantised = getattr(config, "quantization_config", None) is not None
+def _trained(model: str, local: bool, run: _Run, checkpoint: _Checkpoint) -> Any:
+    config, quantised = _config(model, local), checkpoint.quantisation is not None
     options: dict[str, Any] = {"dtype": run.torch_dtype, "output_loading_info": True}
     if run.device_map is not None or quantised:
         options["device_map"] = run.device_map or run.device
-    live, info = _auto_class(config).from_pretrained(model, local_files_only=local, trust_remote_code=False, **options)
+    with _loaded_buffers_stay():
+        live, info = _auto_class(config).from_pretrained(
+            model, config=config, local_files_only=local, trust_remote_code=False, **options
+        )
     missing = sorted(info["missing_keys"])
     # transformers fills weights that a checkpoint lacks at random and only warns about it.
     if missing:
         raise SpecmoeError(f"{model} lacks {len(missing)} weights, {missing[0]} among them; get the model again")
+    if quantised and not _is_quantised(live):
+        # transformers gives the dtype to what it dequantised and leaves the rest as it is stored.
+        _cast(live, live.get_input_embeddings().weight.dtype if run.dtype == "auto" else run.torch_dtype)
     return live if "device_map" in options else live.to(device=run.device)
+
+
+def _is_quantised(live: Any) -> bool:
+    return getattr(live.config, "quantization_config", None) is not None
+
+
+def _cast(live: Any, dtype: torch.dtype) -> None:
+    """Parameters to a dtype, but for those that the model's class keeps in float32; buffers are left alone.
+
+    A correction bias or a rotary frequency is a buffer; in half precision it would be another one.
+    """
+    kept = [re.compile(re.escape(pattern).replace(r"\*", ".*")) for pattern in live._get_dtype_plan(dtype)]
+    for name, parameter in live.named_parameters():
+        if parameter.is_floating_point() and not any(pattern.search(name) for pattern in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _loaded_buffers_stay() -> Iterator[None]:
+    """Keep what a checkpoint says about a buffer, such as a correction bias.
+
+    After loading, transformers initialises every module and spares the tensors that were loaded; but a module that
+    writes by hand, not through ``transformers.initialization``, is not held back. So Zaya's routers lose the trained
+    bias of their skip expert (5.23).
+    """
+    from transformers import PreTrainedModel
+
+    initialise = PreTrainedModel._initialize_weights
+
+    def guarded(self: Any, module: torch.nn.Module, is_custom_code: bool = False) -> None:
+        loaded = [each for each in module.buffers(recurse=False) if getattr(each, "_is_hf_initialized", False)]
+        before = [each.clone() for each in loaded]
+        initialise(self, module, is_custom_code)
+        for each, value in zip(loaded, before, strict=True):
+            each.copy_(value)
+
+    PreTrainedModel._initialize_weights = guarded
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = initialise
 
 
 def _untrained(model: str, local: bool, run: _Run, seed: int) -> Any:
@@ -158,13 +205,23 @@ def _untrained(model: str, local: bool, run: _Run, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         live = _auto_class(config).from_config(config)
-    return live.to(device=run.device, dtype=None if run.dtype == "auto" else run.torch_dtype)
+    if run.dtype != "auto":
+        _cast(live, run.torch_dtype)
+    return live.to(device=run.device)
 
 
 def _config(model: str, local: bool) -> Any:
+    """A model's configuration; of one that thinks and talks in two parts, that of the part that reads text."""
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(model, local_files_only=local, trust_remote_code=False)
+    part = getattr(config, "thinker_config", None)
+    if part is None:
+        return config
+    for name in ("quantization_config", "_commit_hash"):
+        if getattr(config, name, None) is not None:
+            setattr(part, name, getattr(config, name))
+    return part
 
 
 def _auto_class(config: Any) -> Any:
@@ -185,16 +242,17 @@ def _auto_class(config: Any) -> Any:
     raise SpecmoeError(f"transformers {transformers.__version__} has no model class for {config.model_type}")
 
 
-def _settings(live: Any, family: Family, run: _Run, stack: str, seed: int | None) -> dict[str, Any]:
+def _settings(
+    live: Any, family: Family, run: _Run, stack: str, seed: int | None, quantisation: str | None
+) -> dict[str, Any]:
     import transformers
 
-    quantisation = getattr(live.config, "quantization_config", None)
-    if quantisation is not None and not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
+    quantisation = quantisation if seed is None else None
     text = live.config.get_text_config()
     return {
         "dtype": str(live.dtype).removeprefix("torch."),
-        "quantization": None if quantisation is None else str(quantisation.get("quant_method")),
+        "quantization": quantisation,
+        "dequantized": quantisation is not None and not _is_quantised(live),
         "device": torch.cuda.get_device_name(run.device) if run.device.startswith("cuda") else run.device,
         "device_map": run.device_map,
         "attention": str(getattr(text, "_attn_implementation", None)),
@@ -221,8 +279,21 @@ def _is_local(model: str) -> bool:
     return False
 
 
-def _model_type(model: str, local: bool) -> str:
-    """``model_type`` as the config file has it, read without knowing the type."""
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a config file says before any of its types is known.
+
+    Attributes:
+        model_type: of the model. text_type: of its text part, None if it has none.
+        quantisation: method by which the weights are quantised, None if they are not.
+    """
+
+    model_type: str
+    text_type: str | None
+    quantisation: str | None
+
+
+def _described(model: str, local: bool) -> _Checkpoint:
     from transformers import PretrainedConfig
 
     try:
@@ -232,7 +303,12 @@ def _model_type(model: str, local: bool) -> str:
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(model_type, str):
         raise SpecmoeError(f"{model} is not a model: its config.json names no model_type")
-    return model_type
+    text = content.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    text_type = text.get("model_type")
+    quantisation = content.get("quantization_config") or text.get("quantization_config")
+    method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else None
+    return _Checkpoint(model_type, text_type if isinstance(text_type, str) else None, method and str(method))
 
 
 def _cannot_load(part: str, model: str, local: bool, error: Exception) -> SpecmoeError:

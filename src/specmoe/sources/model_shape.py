@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import sha256_file
-from specmoe.sources.families import Family, RouterSite, router_sites
+from specmoe.sources.families import NOT_TEXT, Family, RouterSite, router_sites
 from specmoe.sources.recording import LayerRoute, recorded_routes, run_model
 from specmoe.topology import Topology
 
 __all__ = ["linear_routers", "tokenizer_hash", "topology_of_model", "weights_hash"]
 
-# Bytes of one number in a safetensors header's notation.
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+# Bytes of one number in a safetensors header's notation; of integers, how many numbers they hold is not known.
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_INTEGERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1}
+# The experts of one layer among a checkpoint's tensors; shared experts have another name.
+_EXPERTS = re.compile(r"(.*\.)experts\.")
 
 
 def topology_of_model(model: Any, family: Family, stack: str, directory: Path | None) -> Topology:
@@ -32,11 +37,10 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
     sites, layers = router_sites(model, family, stack), _probe(model, family, stack, [0, 0])
     classes = layers[0].logits.shape[-1]
     experts = min(_experts_with_weights(sites[0].experts) or classes, classes)
-    numbers = sum(parameter.numel() for parameter in sites[0].experts.parameters()) // experts
-    item_bytes = _stored_item_bytes(directory) if directory is not None else None
-    if item_bytes is None:
-        stored = getattr(model.config, "dtype", None)
-        item_bytes = stored.itemsize if isinstance(stored, torch.dtype) else 4
+    numbers, dtype = _numbers_of_the_experts(sites[0], experts), getattr(model.config, "dtype", None)
+    stored = _stored_bytes_of_the_experts(directory, numbers) if directory is not None else None
+    if stored is None:
+        stored = numbers * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
     return Topology(
         model_id="",
         layers=len(sites),
@@ -44,7 +48,7 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
         top_k=layers[0].ids.shape[-1],
         hidden_size=layers[0].hidden.shape[-1],
         zero_experts=classes - experts,
-        bytes_per_expert=max(1, numbers * item_bytes),
+        bytes_per_expert=max(1, stored // experts),
     )
 
 
@@ -60,6 +64,19 @@ def _experts_with_weights(experts: nn.Module) -> int | None:
     if stacked:
         return min(stacked)
     return len(experts) if isinstance(experts, nn.ModuleList | nn.ModuleDict) else None
+
+
+def _numbers_of_the_experts(site: RouterSite, experts: int) -> int:
+    """Parameters of a layer's experts, without router, shared experts and what all experts share."""
+    part = getattr(site.block, "experts", site.experts)
+    router = {id(parameter) for parameter in site.router.parameters()}
+    least = 1 if isinstance(part, nn.ModuleList | nn.ModuleDict) else 2
+    return sum(
+        # Zero experts may have rows in one of the stacks.
+        parameter.numel() * experts // (parameter.shape[0] if parameter.ndim == 3 else experts)
+        for parameter in part.parameters()
+        if id(parameter) not in router and parameter.ndim >= least
+    )
 
 
 def linear_routers(model: Any, family: Family, stack: str) -> tuple[Tensor, Tensor | None] | None:
@@ -87,29 +104,50 @@ def _linear_map(site: RouterSite, layer: LayerRoute) -> tuple[Tensor, Tensor | N
     classes, width = layer.logits.shape[-1], layer.hidden.shape[-1]
     hidden, logits = layer.hidden.float(), layer.logits.float()
     for name, weight in named.items():
-        if not name.endswith("weight") or weight.shape != (classes, width):
+        if not name.endswith("weight") or weight.ndim != 2 or weight.shape[1] != width or len(weight) < classes:
             continue
         bias = named.get(name.removesuffix("weight") + "bias")
         with torch.inference_mode():
-            again = F.linear(hidden, weight.float(), None if bias is None else bias.float())
+            # Rows beyond the classes weigh shared experts.
+            rows, offset = weight[:classes].float(), None if bias is None else bias[:classes].float()
+            again = F.linear(hidden, rows, offset)
+            factor = float((again * logits).sum() / (again * again).sum().clamp_min(1e-30))
+        # Some routers multiply what the map gives; a factor within rounding of 1 is none.
+        factor = 1.0 if abs(factor - 1) < 1e-2 else factor
         # The router may compute in the model's half precision.
         tolerance = 8 * torch.finfo(weight.dtype).eps * float(logits.abs().max().clamp_min(1.0))
-        if float((again - logits).abs().max()) <= tolerance:
-            return weight.detach().float(), None if bias is None else bias.detach().float()
+        if float((again * factor - logits).abs().max()) <= tolerance:
+            return rows.detach() * factor, None if offset is None else offset.detach() * factor
     return None
 
 
-def _stored_item_bytes(directory: Path) -> int | None:
-    """Bytes of one number of an expert as the checkpoint stores it; None if it has no safetensors."""
+def _stored_bytes_of_the_experts(directory: Path, numbers: int) -> int | None:
+    """Bytes of one layer's experts as the checkpoint stores them; None if no safetensors file tells.
+
+    Only headers are read. Most of the bytes being floats, they are ``numbers`` of them; being integers that several
+    numbers are packed into, whatever is stored with them counts, such as the scales of MXFP4.
+    """
+    layers: dict[str, dict[str, int]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if "expert" in name:
-                        return _ITEM_BYTES.get(file.get_slice(name).get_dtype())
+                    found = _EXPERTS.match(name)
+                    if found is None or NOT_TEXT & set(name.split(".")):
+                        continue
+                    stored = file.get_slice(name)
+                    dtype = stored.get_dtype()
+                    of_layer = layers.setdefault(found[1], {})
+                    item_bytes = _FLOATS.get(dtype) or _INTEGERS.get(dtype, 1)
+                    of_layer[dtype] = of_layer.get(dtype, 0) + prod(stored.get_shape()) * item_bytes
         except (SafetensorError, OSError) as error:
             raise SpecmoeError(f"{path} cannot be read: {error}") from error
-    return None
+    if not layers:
+        return None
+    # Layers are alike; any of them would do.
+    by_dtype = min(layers.values(), key=lambda layer: sum(layer.values()))
+    most = max(by_dtype, key=lambda dtype: by_dtype[dtype])
+    return numbers * _FLOATS[most] if most in _FLOATS else sum(by_dtype.values())
 
 
 def weights_hash(directory: Path) -> str:

@@ -164,7 +164,13 @@ def _reader(model: Any, family: Family, stack: str | None) -> nn.Module:
     """The module that is given the token ids of a stack."""
     if family.is_encoder_decoder:
         return model.get_submodule(stack or next(iter(family.stacks)))
-    return model.base_model
+    return _text_reader(model, family)
+
+
+def _text_reader(model: Any, family: Family) -> Any:
+    """The model without its language-model head; of a whole that has a part for reading text, that part."""
+    # A checkpoint of the text part alone has no such part: it is the reader.
+    return getattr(model.base_model, family.reader, model.base_model) if family.reader else model.base_model
 
 
 def _detached(route: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -191,7 +197,7 @@ def run_model(model: Any, family: Family, documents: Sequence[TokenIds]) -> None
         return
     ids, mask = padded(documents, model.device)
     # Without the language-model head: nobody reads next-token logits here.
-    model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    _text_reader(model, family)(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def padded(

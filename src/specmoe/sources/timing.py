@@ -20,7 +20,8 @@ __all__ = ["machine_name", "measure_layer_us"]
 def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, steps: int = 50) -> float:
     """Median time in µs of one MoE transformer layer for a single token at batch 1, on one CPU thread.
 
-    A decoder stack decodes with a cache behind 16 tokens. An encoder has no decoding: it reads one token.
+    A decoder stack decodes with a cache behind 16 tokens. An encoder has no decoding: it reads one token, and so does
+    a model that keeps no cache.
     """
     stack = stack or next(iter(family.stacks))
     seconds: list[float] = []
@@ -64,9 +65,11 @@ def _decode(model: Any, family: Family, stack: str, steps: int, warmed_up: Calla
     named: dict[str, Any] = {}
     if family.is_encoder_decoder:
         named = {"encoder_outputs": model.get_encoder()(input_ids=prompt)}
-    output = model(**named, **{ids_name: prompt}, use_cache=True)
+    cache = getattr(model(**named, **{ids_name: prompt}, use_cache=True), "past_key_values", None)
+    if cache is not None:
+        named = {**named, "past_key_values": cache, "use_cache": True}
     for step in range(steps + 2):
-        output = model(**named, **{ids_name: token}, past_key_values=output.past_key_values, use_cache=True)
+        model(**named, **{ids_name: token})
         if step == 1:
             warmed_up()
 

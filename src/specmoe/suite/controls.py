@@ -90,4 +90,5 @@ def shuffled_gap(data: SuiteData) -> Interval | None:
         predictor = kind(data.topology, horizons)
         predictor.prepare(knowledge)
         recalls.append(Ratios.of([evaluate(predictor, validation, only_recall=True)], "recall@K"))
-    return paired_difference(*recalls, horizons).get(horizons[0])
+    ridge, frequency = recalls
+    return paired_difference(ridge, frequency, horizons).get(horizons[0])
