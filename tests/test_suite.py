@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -189,6 +190,45 @@ def train_command(trace: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "specmoe", "train", str(trace), "--out", str(out), "--seeds", "2", *names]
 
 
+def wait_for_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(out.glob("jobs/*/checkpoint-*.safetensors")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert process.poll() is None, "it was done before it could be stopped"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    topology = Topology(model_id="synthetic", layers=6, experts=16, top_k=2, hidden_size=64)
+    synthetic_trace(tmp_path / "trace", topology=topology, documents=60, tokens=256, determinism=0.8, seed=5)
+    process = subprocess.Popen(
+        train_command(tmp_path / "trace", tmp_path / "out"),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_a_checkpoint(process, tmp_path / "out")
+    process.kill()
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    while left := running_in_group(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def running_in_group(group: int) -> list[int]:
+    """Processes of a group, without those that have ended and wait for somebody to read how."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own_group = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(own_group) == group and state not in "ZX":
+                found.append(int(entry.parent.name))
+    return found
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: Path) -> None:
     topology = Topology(model_id="synthetic", layers=6, experts=16, top_k=2, hidden_size=64)
@@ -197,11 +237,7 @@ def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: 
     process = subprocess.Popen(
         train_command(trace, out), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("jobs/*/checkpoint-*.safetensors")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    assert process.poll() is None, "it was done before it could be stopped"
+    wait_for_a_checkpoint(process, out)
     os.killpg(process.pid, how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -157,8 +159,16 @@ _worker: dict[str, Any] = {}
 def _start_worker(trace: Path, horizons: tuple[int, ...], split_seed: int, out: Path, device: str, news: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     _worker.update(data=SuiteData.load(trace, horizons, split_seed), out=out, device=device, news=news)
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent is gone: one that was killed could not end its workers."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _work(job: Job) -> SeedResult:
