@@ -41,8 +41,8 @@ class Family:
 
     Attributes:
         name: its folder in ``transformers.models``, and its ``config.model_type`` (with or without ``_text``).
-        scoring: what makes weights of logits: ``softmax``, ``sigmoid`` or ``sqrt-softplus``; over all experts or over
-            the chosen ones comes to the same up to a factor.
+        scoring: what makes weights of logits: ``softmax``, ``sigmoid``, ``sqrt-softplus`` or ``sparsemixer``; whether
+            over all experts or over the chosen ones makes a factor of difference only.
         bias: a correction bias is added to the scores for choosing only (Wang et al., 2024, auxiliary-loss-free).
         groups: only the experts of the best groups can be chosen (DeepSeek-V2, 2024).
         shared: there are shared experts that every token passes through.
