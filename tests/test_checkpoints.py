@@ -345,7 +345,9 @@ def test_a_quantised_checkpoint(
     assert_routers_route_so(loaded.model, loaded.family, records["doc4"].token_ids)
 
 
-@pytest.mark.skipif(find_spec("accelerate") is not None, reason="accelerate is there")
+@pytest.mark.skipif(
+    find_spec("accelerate") is not None, reason="with accelerate the checkpoint loads, which another test holds"
+)
 def test_a_quantised_checkpoint_without_accelerate_says_what_to_install(tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
     directory = quantised("qwen3_moe", FP8, in_float8, tmp_path / "model", tokenizer)
     with pytest.raises(SpecmoeError, match=r"cannot load .*accelerate") as caught:

@@ -128,10 +128,7 @@ def test_gate_weights_are_the_scores_up_to_a_factor(name: str) -> None:
         torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl_moe", "llama4"])
-def test_only_the_text_part_of_a_multimodal_model_is_watched(name: str) -> None:
-    family = family_of(name)
-    assert family is FAMILIES[name]
+def test_only_the_text_part_of_a_multimodal_model_is_watched() -> None:
     holder = nn.Module()
     holder.add_module("visual", nn.ModuleList([_moe_block()]))
     holder.add_module("language_model", nn.ModuleList([_moe_block(), _moe_block()]))

@@ -198,7 +198,10 @@ def wait_for_a_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
     assert process.poll() is None, "it was done before it could be stopped"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(),
+    reason="who is left of a process group is read from /proc, which only Linux has",
+)
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     topology = Topology(model_id="synthetic", layers=6, experts=16, top_k=2, hidden_size=64)
     synthetic_trace(tmp_path / "trace", topology=topology, documents=60, tokens=256, determinism=0.8, seed=5)
