@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from specmoe.calibration import fit_calibration
 from specmoe.dataset import Window, Windows
-from specmoe.evaluation import evaluate, inclusion_scale
+from specmoe.evaluation import evaluate
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.sources.bundled import bundled_model
 from specmoe.sources.capture import collect
@@ -88,11 +89,13 @@ def plain_run(name: str, seed: int, horizon: int, data: SuiteData) -> float:
             break
     predictor.load_state_dict(best_state)
     # Judged as a job of the suite is: every number on the test part and the held-out domain, recall on the others.
-    scale = inclusion_scale(predictor, data.validation)
-    recalls = {
-        part: evaluate(predictor, windows, scale=scale, only_recall=part in {"train", "validation"}).recall()[0]
-        for part, windows in data.evaluated.items()
-    }
+    calibration = fit_calibration(predictor, data.validation)
+    recalls = {}
+    for part, windows in data.evaluated.items():
+        only_recall = part in {"train", "validation"}
+        residency = data.residency.get(part)
+        tally = evaluate(predictor, windows, calibration=calibration, residency=residency, only_recall=only_recall)
+        recalls[part] = tally.recall()[0]
     return recalls["test"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from specmoe.results import (
     Results,
     SeedResult,
     SplitFacts,
+    TestDocuments,
     TraceFacts,
 )
 from specmoe.topology import Topology
@@ -29,6 +31,7 @@ DOCUMENTS = 60
 DOMAINS = ("asyncio", "collections", "email", "html", "http", "json", "logging", "unittest")
 HELD_OUT = "xml"
 LAYERS, EXPERTS, TOP_K = 8, 16, 2
+EVENTS = 445 * LAYERS
 
 # name: category, sees, parameters, recall@K by horizon, latency p50 in µs, training seconds
 _LEARNED: dict[str, tuple[str, str, int, tuple[float, ...], float, float]] = {
@@ -102,6 +105,9 @@ def full_results() -> Results:
             seeds=(0, 1, 2),
             bootstrap_draws=1000,
         ),
+        test_documents=TestDocuments(
+            ids=tuple(f"document {number}" for number in range(DOCUMENTS)), events=((EVENTS,) * 4,) * DOCUMENTS
+        ),
         predictors=tuple(predictors),
         controls=(
             Control(name="true router on its true input", expected="exactly 100 %", value=100.0, holds=True),
@@ -141,7 +147,7 @@ def nasty_results() -> Results:
             "scores": {},
             "seeds": tuple(SeedResult(seed=s, status="failed", reason="loss is NaN") for s in range(3)),
             "per_layer": (),
-            "document_recall": (),
+            "document_sums": {},
             "calibration": {},
             "latency": None,
         }
@@ -156,7 +162,7 @@ def nasty_results() -> Results:
     sparse = rest[2].model_copy(
         update={
             "per_layer": ((None, 0.5, None, 0.25),) * LAYERS,
-            "document_recall": ((None, None, None, None),) * DOCUMENTS,
+            "document_sums": {},
             "latency": None,
             "calibration": {1: ()},
             "over_ridge": {},
@@ -218,6 +224,10 @@ def _documents(rng: np.random.Generator, hardness: np.ndarray, recalls: tuple[fl
     return values.clip(0, 1)
 
 
+def _sums(documents: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(EVENTS * float(value), 4) for value in row) for row in documents)
+
+
 def _interval(values: np.ndarray) -> Interval:
     half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
     mean = float(values.mean())
@@ -236,7 +246,11 @@ def _intervals(values: list[float] | tuple[float, ...], half: float) -> dict[int
 
 
 def _shared(
-    rng: np.random.Generator, recalls: tuple[float, ...], documents: np.ndarray, ridge: np.ndarray
+    rng: np.random.Generator,
+    recalls: tuple[float, ...],
+    documents: np.ndarray,
+    ridge: np.ndarray,
+    offsets: Sequence[float] = (0.0,),
 ) -> dict[str, Any]:
     """What learned and training-free predictors have alike."""
     base = np.array(recalls)
@@ -266,15 +280,15 @@ def _shared(
         "scores": scores,
         "per_layer": tuple(tuple(float(value) for value in row) for row in layers),
         "per_domain": {
-            name: _intervals(list((base + shift).clip(0, 1)), 0.015)
+            name: {"recall@K": _intervals(list((base + shift).clip(0, 1)), 0.015)}
             for name, shift in zip(DOMAINS, np.linspace(-0.04, 0.03, len(DOMAINS)), strict=True)
         },
-        "per_phase": {"prefill": scores["recall@K"]},
+        "per_phase": {},
         "held_out_domain": _intervals(list((base - 0.03).clip(0, 1)), 0.012),
         "calibration": calibration,
         "over_ridge": _by_horizon(documents - ridge),
         "lift": _by_horizon(documents - ridge),
-        "document_recall": tuple(tuple(float(value) for value in row) for row in documents),
+        "document_sums": {"recall@K": tuple(_sums(documents + offset) for offset in offsets)},
     }
 
 
@@ -282,8 +296,10 @@ def _learned(rng: np.random.Generator, name: str, hardness: np.ndarray, ridge: n
     category, sees, parameters, recalls, latency, seconds = _LEARNED[name]
     documents = _documents(rng, hardness, recalls)
     seeds: list[SeedResult] = []
+    offsets: list[float] = []
     for seed in range(3):
         offset = float(rng.normal(0, 0.002))
+        offsets.append(offset)
         parts = {"train": 0.02, "validation": 0.003, "test": 0.0, "held_out_domain": -0.03}
         epochs = int(12 + rng.integers(0, 9))
         seeds.append(
@@ -319,7 +335,7 @@ def _learned(rng: np.random.Generator, name: str, hardness: np.ndarray, ridge: n
         parameters=parameters,
         seeds=tuple(seeds),
         latency=Latency(p50_us=latency, p99_us=latency * 1.8, events=2000),
-        **_shared(rng, recalls, documents, ridge),
+        **_shared(rng, recalls, documents, ridge, [offset - sum(offsets) / 3 for offset in offsets]),
     )
 
 

@@ -17,15 +17,19 @@ ORDER = [
     ("trace",),
     ("sources",),
     ("dataset",),
+    ("residency",),
     ("metrics",),
     ("diagnostics",),
     ("predictors",),
     ("training",),
+    ("calibration",),
     ("results",),
     ("evaluation",),
     ("latency",),
     ("suite",),
     ("report",),
+    ("tuning",),
+    ("ensembling",),
     ("cli", "__main__"),
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
@@ -74,7 +78,7 @@ def test_sources_and_dataset_know_no_predictor_and_training_no_single_one() -> N
         names = {name for name in imports_of(path) if name.startswith("specmoe.predictors")}
         if place_of(path) in {"sources", "dataset", "trace", "metrics"}:
             assert names == set(), path
-        if place_of(path) in {"training", "evaluation", "latency"}:
+        if place_of(path) in {"training", "calibration", "evaluation", "latency"}:
             assert all(name.startswith("specmoe.predictors.base") or name == "specmoe.predictors" for name in names), (
                 path
             )

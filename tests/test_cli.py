@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from specmoe.cli import run_verb
+from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import Results
 
 SMALL_RUN = ["--only", "Tiny*", "--only", "LayerM*", "--seeds", "1", "--workers", "1", "--horizons", "1,2"]
@@ -66,7 +67,7 @@ def test_report_is_made_again_from_the_results(
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert len(entries) == 19
+    assert len(entries) == len(PREDICTORS)
     assert {entry["category"] for entry in entries} == {
         "attention-based",
         "ensemble",

@@ -9,26 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmoe.dataset import Window, Windows, ahead, split_documents, targets_of
+from specmoe.calibration import Calibration, fit_calibration
+from specmoe.dataset import Window, Windows, ahead, targets_of
 from specmoe.evaluation import (
     PHASES,
     Ratios,
     Tally,
     by_horizon,
+    documents_of,
     evaluate,
     expected_calibration_error,
-    inclusion_scale,
     interval_of,
     paired_difference,
-    recall_by_document,
     recall_by_layer,
     reliability,
     resampled,
+    sums_by_document,
 )
 from specmoe.metrics import CALIBRATION_BINS, event_metrics, inclusion_probabilities
 from specmoe.predictors.base import Knowledge, Predictor, Recipe
 from specmoe.predictors.registry import PREDICTORS
-from specmoe.results import Interval
+from specmoe.residency import replay
+from specmoe.results import Interval, TestDocuments
 from specmoe.topology import Topology
 from specmoe.trace import Manifest, RoutingRecord, Source, Trace, TraceWriter
 
@@ -90,12 +92,16 @@ def test_a_tally_holds_the_sums_over_every_event(tmp_path: Path, batch_tokens: i
     trace = write(tmp_path / "trace", (9, 4, 23, 2))
     windows = Windows(trace, [2, 0, 3], length=8, context=3)
     predictor = Foreseeing(TOPOLOGY, HORIZONS, 0.5, noise=1.5)
-    tally = evaluate(predictor, windows, scale=1.7, batch_tokens=batch_tokens)
+    curves = torch.linspace(0.1, 0.9, 97).expand(TOPOLOGY.layers, len(HORIZONS), -1)
+    calibration = Calibration(TOPOLOGY.top_k, torch.full((TOPOLOGY.layers, len(HORIZONS)), 1.7), curves)
+    residency = replay(windows, HORIZONS, 3)
+    tally = evaluate(predictor, windows, calibration=calibration, residency=residency, batch_tokens=batch_tokens)
     assert tally.documents.tolist() == [0, 2, 3]
     window = windows.batch(slice(0, len(windows)))
     targets, logits = targets_of(window, HORIZONS), predictor(window)
-    probability = inclusion_probabilities(1.7 * logits, TOPOLOGY.top_k)
-    values = event_metrics(logits, probability, targets, TOPOLOGY.top_k)
+    probability = calibration.apply(logits)
+    cold = residency.cold(torch.arange(len(windows)), window, HORIZONS)
+    values = event_metrics(logits, probability, targets, TOPOLOGY.top_k, cold)
     assert set(tally.sums) == set(values)
     assert window.phase_BT is not None
     for g, index in enumerate((0, 2, 3)):
@@ -105,7 +111,9 @@ def test_a_tally_holds_the_sums_over_every_event(tmp_path: Path, batch_tokens: i
                 for h in range(len(HORIZONS)):
                     known = targets.known_BTSH[:, :, s, h] & rows
                     assert tally.events[g, phase, s, h] == known.sum()
-                    for name in ("recall@K", "gate_mass@K", "top1", "kl", "brier"):
+                    assert tally.cold[g, phase, s, h] == cold[:, :, s, h][known].sum()
+                    assert tally.needed[g, phase, s, h] == (targets.expert_ids_BTSHK[:, :, s, h][known] >= 0).sum()
+                    for name in ("recall@K", "gate_mass@K", "cold_recall@2K", "top1", "kl", "brier"):
                         expected = values[name][:, :, s, h][known].double().sum()
                         assert float(tally.sums[name][g, phase, s, h]) == pytest.approx(
                             float(expected), rel=1e-5, abs=1e-5
@@ -160,7 +168,7 @@ def test_dropout_is_off_and_no_gradient_is_kept(tmp_path: Path) -> None:
     windows = Windows(write(tmp_path / "trace", (9,)), [0], length=8)
     evaluate(predictor, windows)
     predictor.train()
-    inclusion_scale(predictor, windows)
+    fit_calibration(predictor, windows)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in PREDICTORS.items() if kind.recipe.epochs == 0])
@@ -184,7 +192,10 @@ def test_every_training_free_predictor_gives_finite_numbers_on_routing_with_hole
     weight = torch.randn(3, 12, 4, generator=generator)
     predictor = PREDICTORS[name](topology, HORIZONS)
     predictor.prepare(Knowledge(lambda: train.batches(4), weight, torch.zeros(3, 12)))
-    tally = evaluate(predictor, test, scale=inclusion_scale(predictor, train))
+    calibration, residency = fit_calibration(predictor, train), replay(test, HORIZONS, 4)
+    tally = evaluate(predictor, test, calibration=calibration, residency=residency)
+    assert {"cold_recall@K", "cold_recall@2K"} <= set(tally.sums)
+    assert float(tally.cold.sum()) > 0
     for metric, sums in tally.sums.items():
         assert torch.isfinite(sums).all(), metric
     assert torch.isfinite(tally.bins).all()
@@ -313,8 +324,8 @@ def test_what_was_never_asked_is_left_out(tmp_path: Path) -> None:
     assert list(expected_calibration_error([tally], (1, 2))) == [1]
     assert reliability([tally], (1, 2))[2] == ()
     assert [row[1] for row in recall_by_layer([tally])] == [None]
-    assert [row[1] for row in recall_by_document([tally])] == [None] * 3
-    assert recall_by_document([tally])[2] == (None, None)
+    assert [row[1] for row in sums_by_document([tally])["recall@K"][0]] == [0.0] * 3
+    assert [row[1] for row in documents_of(tally, ["a", "b", "c"]).events] == [0] * 3
 
 
 def test_recall_by_layer_and_document_are_their_shares() -> None:
@@ -324,9 +335,9 @@ def test_recall_by_layer_and_document_are_their_shares() -> None:
     one = Tally(torch.arange(2), {"recall@K": sums}, events, bins)
     other = Tally(torch.arange(2), {"recall@K": 3 * sums}, events, bins)
     assert [row[0] for row in recall_by_layer([one])] == pytest.approx([18 / 80, 22 / 80, 26 / 80])
-    assert [row[0] for row in recall_by_document([one])] == pytest.approx([15 / 120, 51 / 120])
     assert [row[0] for row in recall_by_layer([one, other])] == pytest.approx([36 / 80, 44 / 80, 52 / 80])
-    assert [row[0] for row in recall_by_document([one, other])] == pytest.approx([30 / 120, 102 / 120])
+    assert sums_by_document([one, other]) == {"recall@K": (((15.0,), (51.0,)), ((45.0,), (153.0,)))}
+    assert documents_of(one, ["first", "second"]) == TestDocuments(ids=("first", "second"), events=((120,), (120,)))
 
 
 # Calibration
@@ -346,33 +357,6 @@ def test_one_who_is_right_as_often_as_he_says_has_no_calibration_error() -> None
     shifted[..., 1] *= 0.5
     error = expected_calibration_error([Tally(torch.arange(4), {}, perfect.events, shifted)], [1])[1]
     assert error.value == pytest.approx(0.25)
-
-
-def drawn(tmp_path: Path, sharpness: float) -> Windows:
-    """Routing drawn by Poisson sampling from known log-odds: the ids follow the recorded logits times ``sharpness``."""
-    topology = Topology(model_id="poisson", layers=2, experts=8, top_k=2, hidden_size=4)
-    fields = ("token_ids", "phase", "expert_ids", "router_logits")
-    generator = torch.Generator().manual_seed(4)
-    with TraceWriter(tmp_path / "t", Manifest(topology=topology, source=Source(kind="test"), fields=fields)) as writer:
-        for number in range(10):
-            logits = 0.6 * torch.randn(400, 2, 8, generator=generator)
-            probability = inclusion_probabilities(sharpness * logits, 2)
-            chosen = torch.rand(probability.shape, generator=generator) < probability
-            # K slots hold the experts drawn; an event with more than K is left without any.
-            order = (chosen.float() + 0.5 * torch.rand(chosen.shape, generator=generator)).topk(2, -1).indices
-            ids = torch.where(chosen.gather(-1, order) & (chosen.sum(-1, keepdim=True) <= 2), order, -1)
-            writer.add(
-                f"{number}",
-                "d",
-                f"{number}",
-                RoutingRecord(
-                    token_ids=torch.zeros(400, dtype=torch.int32),
-                    phase=torch.zeros(400, dtype=torch.uint8),
-                    expert_ids=ids.to(torch.int16),
-                    router_logits=logits,
-                ),
-            )
-    return Windows(Trace.open(tmp_path / "t"), range(10), length=400)
 
 
 def test_a_perfectly_calibrated_construction() -> None:
@@ -395,48 +379,3 @@ def test_a_perfectly_calibrated_construction() -> None:
     boastful = expected_calibration_error([tally(inclusion_probabilities(3 * logits, 2))], [1])[1]
     assert honest.value < 0.006
     assert boastful.value > 5 * honest.high
-
-
-@pytest.mark.parametrize("planted", [0.2, 1.0, 4.0])
-def test_inclusion_scale_finds_a_planted_scale(tmp_path: Path, planted: float) -> None:
-    windows = drawn(tmp_path, sharpness=3.0)
-    topology = windows.topology
-
-    class Guess(Predictor):
-        recipe = Recipe(category="training-free", sees="nothing", source="a test")
-
-        def forward(self, window: Window) -> Tensor:
-            # Off by a constant factor from the log-odds that the routing was drawn with.
-            return 3.0 / planted * ahead(window.router_BTLE.clamp_min(1e-9).log(), self.horizons)
-
-    found = inclusion_scale(Guess(topology, (1, 2)), windows, sample_tokens=4000)
-    # The events left out move the best scale a little.
-    assert math.log(found) == pytest.approx(math.log(planted), abs=0.35)
-    scales = {
-        scale: inclusion_brier(Guess(topology, (1, 2)), windows, scale) for scale in (found / 2, found, found * 2)
-    }
-    assert min(scales, key=lambda scale: scales[scale]) == found
-
-
-def inclusion_brier(predictor: Predictor, windows: Windows, scale: float) -> float:
-    tally = evaluate(predictor, windows, scale=scale)
-    return float(tally.sums["brier"].sum() / tally.events.sum())
-
-
-def test_the_scale_is_one_where_there_is_nothing_to_judge_by(tmp_path: Path) -> None:
-    topology = TOPOLOGY.model_copy(update={"layers": 1})
-    windows = Windows(write(tmp_path / "trace", (1, 1), topology), [0, 1], length=4)
-    assert inclusion_scale(Constant(topology, (1,), torch.zeros(6)), windows) == 1.0
-
-
-def test_calibrated_probabilities_on_a_real_split(synthetic_path: Path) -> None:
-    trace = Trace.open(synthetic_path)
-    split = split_documents(trace.documents)
-    train, validation, test = (Windows(trace, split.parts[name], length=48) for name in ("train", "validation", "test"))
-    predictor = PREDICTORS["LayerMarkov"](trace.topology, (1, 4))
-    predictor.prepare(Knowledge(lambda: train.batches(8)))
-    scale = inclusion_scale(predictor, validation)
-    plain, scaled = evaluate(predictor, test), evaluate(predictor, test, scale=scale)
-    assert float(scaled.sums["brier"].sum()) <= float(plain.sums["brier"].sum())
-    for horizon, interval in expected_calibration_error([scaled], (1, 4)).items():
-        assert interval.value <= expected_calibration_error([plain], (1, 4))[horizon].value + 0.01

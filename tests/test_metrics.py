@@ -86,7 +86,9 @@ def test_what_is_not_a_number_is_fetched_last() -> None:
 def test_every_number_is_what_a_loop_finds(size: tuple[int, int], seed: int, ties: bool) -> None:
     experts, top_k = size
     wanted, logits = targets(7, experts, top_k, seed), random_logits(7, experts, seed + 1, ties=ties)
-    found = {name: values.flatten() for name, values in metrics(logits, wanted, top_k).items()}
+    cold = torch.rand(wanted.expert_ids_BTSHK.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    guessed = inclusion_probabilities(logits, top_k)
+    found = {name: values.flatten() for name, values in event_metrics(logits, guessed, wanted, top_k, cold).items()}
     probabilities = inclusion_probabilities(logits, top_k).view(7, experts)
     for n in range(7):
         ids = [e for e in wanted.expert_ids_BTSHK[n].flatten().tolist() if e >= 0]
@@ -100,12 +102,14 @@ def test_every_number_is_what_a_loop_finds(size: tuple[int, int], seed: int, tie
             fetched = order[: math.ceil(share * top_k)]
             hits = [e for e in ids if e in fetched]
             expected[f"recall@{label}"] = len(hits) / len(ids)
+            expected[f"coverage@{label}"] = float(len(hits) == len(ids))
+            expected[f"precision@{label}"] = len(hits) / min(experts, math.ceil(share * top_k))
+            expected[f"gate_mass@{label}"] = float(sum(router[e] for e in hits) / sum(router[e] for e in ids))
             if label in {"K", "2K"}:
-                expected[f"coverage@{label}"] = float(len(hits) == len(ids))
-            if label == "2K":
-                expected["precision@2K"] = len(hits) / len(fetched)
-            if label == "K":
-                expected["gate_mass@K"] = float(sum(router[e] for e in hits) / sum(router[e] for e in ids))
+                slots = wanted.expert_ids_BTSHK[n].flatten().tolist()
+                expected[f"cold_recall@{label}"] = sum(
+                    e in fetched and bool(cold[n].flatten()[slots.index(e)]) for e in ids
+                )
         heaviest = max(ids, key=lambda e: float(router[e]))
         for first in (1, 3, 5, 10):
             expected[f"top{first}"] = float(heaviest in order[:first])
@@ -134,7 +138,9 @@ def test_what_cannot_be_otherwise(size: tuple[int, int], seed: int) -> None:
     for name, values in found.items():
         if name != "kl":
             assert ((values[known] >= 0) & (values[known] <= 1 + 1e-6)).all(), name
-    assert (found["coverage@K"][known] <= found["recall@K"][known]).all()
+    for label in budgets_of(top_k, experts):
+        assert (found[f"coverage@{label}"][known] <= found[f"recall@{label}"][known]).all()
+    assert not any(name.startswith("cold") for name in found)
     if experts <= 4 * top_k:
         assert (found["recall@4K"][known] == 1).all()
 

@@ -14,6 +14,7 @@ from specmoe.latency import observations_of
 from specmoe.predictors.base import Knowledge, Predictor, parameter_count
 from specmoe.predictors.catalogue import catalogue
 from specmoe.predictors.registry import PREDICTORS, select
+from specmoe.suite.causality import future_of, largest_leak, with_other_future
 from specmoe.topology import REFERENCE, Topology
 
 SMALL = Topology(model_id="small", layers=5, experts=8, top_k=2, hidden_size=24)
@@ -101,19 +102,13 @@ def test_step_agrees_with_forward_without_hidden_states(name: str, width: int) -
 @pytest.mark.parametrize(("token", "layer"), [(0, 0), (17, 2), (30, 4)])
 def test_what_is_not_known_changes_nothing(name: str, token: int, layer: int) -> None:
     predictor, window, other = prepared(name), make_window(5), make_window(6)
-    position = torch.arange(40)[:, None] * SMALL.layers + torch.arange(SMALL.layers)
-    future_TL = position > token * SMALL.layers + layer
-    future_T = torch.arange(40) > token
-
-    def mixed(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        where = future_T if ours.ndim == 2 else future_TL.reshape(40, SMALL.layers, *[1] * (ours.ndim - 3))
-        return torch.where(where, theirs, ours)
-
-    fields = ("token_ids_BT", "expert_ids_BTLK", "routed_BTLE", "router_BTLE", "hidden_BTLD")
-    changed = dataclasses.replace(window, **{f: mixed(getattr(window, f), getattr(other, f)) for f in fields})
+    changed = with_other_future(window, other, (token, layer))
+    future_TL = future_of((token, layer), 40, SMALL.layers).places_TL
     with torch.no_grad():
         before, after = predictor(window), predictor(changed)
     torch.testing.assert_close(before[:, ~future_TL], after[:, ~future_TL], rtol=1e-5, atol=1e-5)
+    # The same for another future of whatever kind, that of a run's own trace.
+    assert largest_leak(predictor, window, [(token, layer)]) <= 1e-5
     if name not in {"LayerFrequency"}:
         assert not torch.equal(before[:, future_TL], after[:, future_TL])
 

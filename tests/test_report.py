@@ -10,14 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from results_fixture import bare_results, full_results, nasty_results, only
+from results_fixture import EVENTS, bare_results, full_results, nasty_results, only
 from specmoe.errors import SpecmoeError
 from specmoe.report.charts import ranking_figure
+from specmoe.report.generalisation import independent_difference
 from specmoe.report.html import render_report, write_report
 from specmoe.report.journey import foreseen_share, visible
 from specmoe.report.labels import label_places
@@ -34,8 +36,8 @@ from specmoe.report.select import (
     spread_limits,
 )
 from specmoe.report.terminal import print_results
-from specmoe.report.text import margin, percent, points
-from specmoe.results import Interval, Journey, PredictorResult, Results
+from specmoe.report.text import margin, percent, percent_range, points, points_range
+from specmoe.results import Interval, Journey, PredictorResult, Results, TestDocuments
 
 FULL = full_results()
 NASTY = nasty_results()
@@ -245,6 +247,14 @@ def test_headline_quotes_the_best_and_its_margin() -> None:
     assert "81.8 %" in text
 
 
+def test_headline_begins_with_controls_that_do_not_hold() -> None:
+    first, second, *_ = FULL.controls
+    broken = [control.model_copy(update={"holds": False}) for control in (first, second)]
+    one, two = (FULL.model_copy(update={"controls": (*FULL.controls, *broken[:n])}) for n in (1, 2))
+    assert headline(one).startswith(f"Not to be trusted: a control does not hold ({first.name}). Hierarchical")
+    assert headline(two).startswith("Not to be trusted: 2 controls do not hold (")
+
+
 def test_the_winner_follows_the_numbers() -> None:
     better = {h: Interval(value=0.95, low=0.94, high=0.96) for h in (1, 2, 3, 4)}
     tiny = named(FULL, "TinySpeculationModel")
@@ -272,8 +282,9 @@ def test_a_margin_that_includes_zero_is_open() -> None:
 
 def test_runner_up_is_compared_in_pairs() -> None:
     assert re.search(r"HierarchicalEnsemble is 0\.3 points \(.*\) ahead of ImprovedPredictor, paired", said(FULL, 1))
-    twin = named(FULL, "ImprovedPredictor").document_recall
-    assert "no paired interval" in said(changed(FULL, "ImprovedPredictor", document_recall=twin[:5]), 1)
+    twin = named(FULL, "ImprovedPredictor").document_sums["recall@K"]
+    short = {"recall@K": tuple(seed[:5] for seed in twin)}
+    assert "no paired interval" in said(changed(FULL, "ImprovedPredictor", document_sums=short), 1)
 
 
 def test_efficiency_names_the_front_and_the_smallest_that_beats_ridge() -> None:
@@ -306,9 +317,38 @@ def test_generalisation_compares_parts_and_domains() -> None:
     text = said(FULL, 4)
     assert "+2.0 points" in text
     assert "On xml, which no training document comes from, HierarchicalEnsemble reaches 85.4 %" in text
-    assert "it foresees less there" in text
+    here, there = (
+        named(FULL, "HierarchicalEnsemble").scores["recall@K"][1],
+        Interval(value=0.854, low=0.842, high=0.866),
+    )
+    loss = independent_difference(here, there)
+    assert f"it foresees {points_range(loss)} less there" in text
+    # Wider than each of the two, narrower than both end to end.
+    assert there.high - there.low < loss.high - loss.low < here.high - here.low + there.high - there.low
+    more = {h: Interval(value=0.95, low=0.94, high=0.96) for h in (1, 2, 3, 4)}
+    assert "more there" in said(changed(FULL, "HierarchicalEnsemble", held_out_domain=more), 4)
     away = named(FULL, "HierarchicalEnsemble").scores["recall@K"]
-    assert "the intervals overlap" in said(changed(FULL, "HierarchicalEnsemble", held_out_domain=away), 4)
+    same = said(changed(FULL, "HierarchicalEnsemble", held_out_domain=away), 4)
+    assert "a difference of 0.0 ±" in same
+    assert "a loss is not shown" in same
+    assert "specmoe leave-one-domain-out" in text
+
+
+def test_deployment_says_what_is_foreseen_of_the_cold_experts() -> None:
+    assert "cache" not in said(FULL, 5)
+    cold = {h: Interval(value=0.7, low=0.68, high=0.72) for h in (1, 2, 3, 4)}
+    scores = named(FULL, "LayerSpecificPredictor").scores
+    other = changed(FULL, "LayerSpecificPredictor", scores={**scores, "cold_recall@K": cold})
+    protocol = other.protocol.model_copy(update={"cache_experts": 4})
+    lacking = {h: Interval(value=0.31, low=0.3, high=0.32) for h in (1, 2, 3, 4)}
+    other = other.model_copy(update={"protocol": protocol, "cold_share": lacking})
+    text = said(other, 5)
+    assert "A cache of the 4 experts used last in every layer lacks 31.0 % (30.0 to 32.0) of the experts needed" in text
+    whole = percent_range(named(other, "LayerSpecificPredictor").scores["recall@K"][1])
+    assert f"of these, LayerSpecificPredictor foresees 70.0 % (68.0 to 72.0), against {whole} of all (h=1)." in text
+    columns = answers(other)[4].columns
+    assert "of cold experts h=1, %" in columns
+    assert all(len(row) == len(columns) for row in answers(other)[4].rows)
 
 
 def test_deployment_weighs_latency_against_the_layer() -> None:
@@ -343,13 +383,19 @@ def _one_horizon(results: Results) -> Results:
                 "scores": {name: first(score) for name, score in r.scores.items()},
                 "over_ridge": first(r.over_ridge),
                 "per_layer": tuple(row[:1] for row in r.per_layer),
-                "document_recall": tuple(row[:1] for row in r.document_recall),
+                "document_sums": {
+                    metric: tuple(tuple(row[:1] for row in seed) for seed in sums)
+                    for metric, sums in r.document_sums.items()
+                },
             }
         )
         for r in results.predictors
     )
+    documents = results.test_documents.model_copy(
+        update={"events": tuple(row[:1] for row in results.test_documents.events)}
+    )
     protocol = results.protocol.model_copy(update={"horizons": (1,)})
-    return results.model_copy(update={"predictors": kept, "protocol": protocol})
+    return results.model_copy(update={"predictors": kept, "protocol": protocol, "test_documents": documents})
 
 
 def _each(results: Results, **changes: Any) -> Results:
@@ -485,20 +531,37 @@ def test_a_lone_label_finds_a_place() -> None:
 
 def test_paired_difference_uses_the_pairs() -> None:
     a, b = named(FULL, "ImprovedPredictor"), named(FULL, "TinySpeculationModel")
-    found = paired_difference(a, b, 0)
+    found = paired_difference(FULL, a, b, 1)
     assert found is not None
-    plain = [x[0] - y[0] for x, y in zip(a.document_recall, b.document_recall, strict=True) if x[0] and y[0]]
-    mean = sum(plain) / len(plain)
-    error = math.sqrt(sum((value - mean) ** 2 for value in plain) / len(plain) / len(plain))
-    assert found.value == pytest.approx(mean)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    ours, theirs = (np.array(r.document_sums["recall@K"])[..., 0] / EVENTS for r in (a, b))
+    plain = ours.mean(0) - theirs.mean(0)
+    assert found.value == pytest.approx(plain.mean())
+    # Documents and the seeds of both: independent causes add their variances.
+    variance = plain.var() / len(plain) + ours.mean(1).var() / 3 + theirs.mean(1).var() / 3
+    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.15)
     # Far narrower than the difference of two unpaired recalls, for documents are hard or easy for all.
     assert found.high - found.low < 0.5 * (a.scores["recall@K"][1].high - a.scores["recall@K"][1].low)
-    reverse = paired_difference(b, a, 0)
+    reverse = paired_difference(FULL, b, a, 1)
     assert reverse is not None
     assert reverse.value == pytest.approx(-found.value)
-    gaps = ((None, 0.5),) * 3
-    assert paired_difference(a.model_copy(update={"document_recall": gaps}), a, 0) is None
+    assert paired_difference(FULL, a.model_copy(update={"document_sums": {}}), b, 1) is None
+    gone = FULL.model_copy(update={"test_documents": TestDocuments()})
+    assert paired_difference(gone, a, b, 1) is None
+
+
+def test_a_document_weighs_by_its_events() -> None:
+    # The first of two documents has nine times the events of the second.
+    documents = TestDocuments(ids=("long", "short"), events=((90,), (10,)))
+    protocol = FULL.protocol.model_copy(update={"horizons": (1,)})
+    results = FULL.model_copy(update={"test_documents": documents, "protocol": protocol})
+    a, b = (
+        named(FULL, "ridge").model_copy(update={"document_sums": {"recall@K": sums}})
+        for sums in ((((81.0,), (1.0,)),), (((45.0,), (9.0,)),))
+    )
+    found = paired_difference(results, a, b, 1)
+    assert found is not None
+    assert found.value == pytest.approx((81 + 1 - 45 - 9) / 100)
+    assert (found.low, found.high) == (pytest.approx(-0.8), pytest.approx(0.4))
 
 
 def test_spread_has_chi_squared_limits() -> None:

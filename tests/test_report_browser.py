@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import pytest
 
 from results_fixture import bare_results, full_results, nasty_results
 from specmoe.report.html import render_report
+from specmoe.report.study_page import render_study
 from specmoe.report.theme import DARK, LIGHT
 from specmoe.results import Results
+from specmoe.suite.study_results import Study
+from study_fixture import EVIL, curve_study, domain_study
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -32,7 +36,7 @@ PROBE = """
   document.querySelector('input[name="horizon"][value="3"]')?.click();
   await pause(500);
   found.after = texts("chart-over-ridge");
-  found.heading = document.querySelector("#ranking [data-horizon]").textContent;
+  found.heading = document.querySelector("#ranking [data-horizon], #panels [data-horizon]").textContent;
   found.share3 = document.getElementById("journey-share")?.textContent;
   found.cells = [...document.querySelectorAll("#journey-grid td")].map((cell) => cell.className);
   const table = document.querySelector("table.sortable");
@@ -55,10 +59,10 @@ PROBE = """
 class Opened:
     """A page as a browser left it. console: lines that it wrote."""
 
-    def __init__(self, results: Results, folder: Path, *, dark: bool = False, width: int = 1200) -> None:
+    def __init__(self, results: Results | str, folder: Path, *, dark: bool = False, width: int = 1200) -> None:
         page = folder / "report.html"
         # The libraries inside the page hold the same tag in a string.
-        before, end, after = render_report(results).rpartition("</body>")
+        before, end, after = (results if isinstance(results, str) else render_report(results)).rpartition("</body>")
         page.write_text(before + PROBE + end + after, encoding="utf-8")
         done = subprocess.run(
             [
@@ -168,3 +172,24 @@ def test_an_empty_run_still_opens(tmp_path: Path) -> None:
     opened = Opened(bare_results(), tmp_path)
     assert opened.console == []
     assert "No predictor finished" in opened.dom
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light, wide", "dark, narrow"])
+@pytest.mark.parametrize("make", [curve_study, domain_study])
+def test_pages_of_studies(make: Callable[[], Study], dark: bool, tmp_path: Path) -> None:
+    opened = Opened(render_study(make()), tmp_path, dark=dark, width=500 if dark else 1200)
+    assert opened.console == []
+    assert opened.found["width"] <= 0
+    assert opened.found["heading"] == "3"
+    charts = opened.charts()
+    assert len(charts) == 4
+    for id, content in charts.items():
+        assert content.count('class="marks"') == 1, id
+        assert content.count("<path") + content.count("<line") > 8, id
+    own, other = (DARK, LIGHT) if dark else (LIGHT, DARK)
+    assert all(f'fill="{own.ink}"' in content and f'fill="{other.ink}"' not in content for content in charts.values())
+    assert EVIL not in opened.dom
+    if make is curve_study:
+        # At h=3, where the probe has gone; one label a share.
+        assert all(f">{value:.1f}</text>" in charts["chart-curve-0"] for value in (64.0, 72.0, 78.0, 82.4))
+        assert all(f">{documents}</text>" in charts["chart-curve-0"] for documents in (12, 24, 48, 96))

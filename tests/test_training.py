@@ -499,7 +499,7 @@ def test_every_learned_predictor_trains_on_a_trace_without_logits(parts: Parts, 
         hard(parts.train),
         hard(parts.validation),
         hard(parts.test),
-        Knowledge(functools.partial(hard(parts.train).batches, 32)),
+        Knowledge(functools.partial(hard(parts.train).batches, 32), torch.zeros(4, 8, 16), torch.zeros(4, 8)),
     )
     predictor, result = train(variant(PREDICTORS[name], epochs=2), without)
     assert all(math.isfinite(report.validation_loss) for report in result.curve)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -42,13 +42,13 @@ class Split:
     hash: str
 
 
-def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split:
+def split_documents(documents: Sequence[DocumentRecord], seed: int = 0, *, hold_out: bool = True) -> Split:
     """Draw the protocol's parts: 52.5 % train, 17.5 % validation, 30 % test, by document.
 
     Documents of one group, and those with the same text, stay on one side; a copy of a text in a second group is in no
     part. In a trace that keeps hidden states for a sample of its documents, only that sample is split, so that
     every predictor is judged on the same events. Where there are at least four domains, one that holds at most a fifth
-    of the documents is kept out of all three as a part of its own.
+    of the documents is kept out of all three as a part of its own, unless ``hold_out`` is False.
 
     Raises:
         SpecmoeError: fewer than three distinct documents.
@@ -59,7 +59,7 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
         for index, document in enumerate(documents)
         if document.tokens >= 2 and (document.hidden_start is not None or not sampled)
     ]
-    domain = _held_out_domain([documents[index] for index in usable], seed)
+    domain = _held_out_domain([documents[index] for index in usable], seed) if hold_out else None
     held_out = [index for index in usable if documents[index].domain == domain]
     # What shares a text or a group with the held-out domain is in no part at all.
     kept_out = {documents[index].text_sha256 for index in held_out} | {documents[index].group for index in held_out}
@@ -80,12 +80,17 @@ def split_documents(documents: Sequence[DocumentRecord], seed: int = 0) -> Split
         for i, name in enumerate(_FRACTIONS)
     }
     parts["held_out_domain"] = tuple(held_out)
+    return Split(parts, domain, seed, split_hash(documents, parts))
+
+
+def split_hash(documents: Sequence[DocumentRecord], parts: Mapping[str, Sequence[int]]) -> str:
+    """Hash of which documents (by id and text) belong to which part."""
     digest = hashlib.sha256()
     for name in PARTS:
         # By name, so that the order of documents in the trace does not matter.
         for index in sorted(parts[name], key=lambda index: documents[index].doc_id):
             digest.update(f"{name}\0{documents[index].doc_id}\0{documents[index].text_sha256}\0".encode())
-    return Split(parts, domain, seed, digest.hexdigest()[:16])
+    return digest.hexdigest()[:16]
 
 
 def _kept_together(documents: Sequence[DocumentRecord], usable: Sequence[int]) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["atomic_path", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = ["atomic_path", "disk_errors", "read_json", "sha256_file", "write_json", "write_text"]
 
 
 @contextmanager
@@ -47,6 +47,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _discard(temporary)
         raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write of a library that writes to ``path`` by itself into a message for the user.
+
+    Raises:
+        SpecmoeError: the disk is full, or the place cannot be written to.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # Not a file: whoever read our output has gone.
+        raise
+    except OSError as error:
+        raise SpecmoeError(f"cannot write to {path}: {_disk_reason(error)}") from error
 
 
 def _discard(path: Path) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "budgets_of",
     "calibration_sums",
     "event_metrics",
+    "inclusion_log_odds",
     "inclusion_probabilities",
     "ranks",
     "recall_at_k",
@@ -61,20 +62,25 @@ def recall_at_k(logits: Tensor, targets: Targets, top_k: int) -> Tensor:
     return (ranks(logits, ids) < top_k).sum(-1) / (ids >= 0).sum(-1).clamp_min(1)
 
 
-def event_metrics(logits: Tensor, probability: Tensor, targets: Targets, top_k: int) -> dict[str, Tensor]:
+def event_metrics(
+    logits: Tensor, probability: Tensor, targets: Targets, top_k: int, cold: Tensor | None = None
+) -> dict[str, Tensor]:
     """All per-event numbers.
 
     Args:
         logits: [..., E]; ``targets``: of the same leading shape. top_k: K.
-        probability: [..., E], :func:`inclusion_probabilities`.
+        probability: [..., E], that each expert is among the K.
+        cold: [..., K] bool, which needed experts the stated cache lacks (:mod:`specmoe.residency`); None where no
+            cache was replayed.
 
     Returns:
-        Name → [...] float32. ``recall@b``: share of the needed experts among the first b; ``coverage@b``:
-        1 if all are; ``precision@2K``: share of the fetched that are needed; ``gate_mass@K``: share of
-        the needed experts' router weight that is foreseen; ``top1`` …: 1 if the heaviest needed expert is
+        Name → [...] float32. For every budget b ``recall@b``: share of the needed experts among the first b;
+        ``coverage@b``: 1 if all are; ``precision@b``: share of the fetched that are needed; ``gate_mass@b``: share
+        of the needed experts' router weight that is foreseen. ``top1`` …: 1 if the heaviest needed expert is
         among the first n; ``kl``: nats from the router's distribution to the softmax of the logits;
-        ``brier``: mean squared error of the inclusion probabilities. Meaningless where
-        ``targets.known`` is False.
+        ``brier``: mean squared error of the inclusion probabilities. ``cold_recall@K`` and ``cold_recall@2K``: how
+        many of the cold experts are among the first b, a count, to be divided by the number of cold experts.
+        Meaningless where ``targets.known`` is False.
     """
     experts = logits.shape[-1]
     budgets = budgets_of(top_k, experts)
@@ -82,16 +88,17 @@ def event_metrics(logits: Tensor, probability: Tensor, targets: Targets, top_k: 
     rank = ranks(logits, ids)
     needed = (ids >= 0).sum(-1).clamp_min(1)
     weight = torch.where(ids >= 0, router.gather(-1, ids.clamp_min(0)).clamp_min(1e-9), 0.0)
+    total_weight = weight.sum(-1).clamp_min(1e-9)
     values: dict[str, Tensor] = {}
     for label, budget in budgets.items():
         hits = rank < budget
-        values[f"recall@{label}"] = hits.sum(-1) / needed
-        if label in {"K", "2K"}:
-            values[f"coverage@{label}"] = (hits.sum(-1) == needed).float()
-        if label == "2K":
-            values["precision@2K"] = hits.sum(-1) / budget
-        if label == "K":
-            values["gate_mass@K"] = (weight * hits).sum(-1) / weight.sum(-1).clamp_min(1e-9)
+        found = hits.sum(-1, dtype=torch.float32)
+        values[f"recall@{label}"] = found / needed
+        values[f"coverage@{label}"] = (found == needed).float()
+        values[f"precision@{label}"] = found / budget
+        values[f"gate_mass@{label}"] = (weight * hits).sum(-1) / total_weight
+        if cold is not None and label in {"K", "2K"}:
+            values[f"cold_recall@{label}"] = (hits & cold).sum(-1, dtype=torch.float32)
     heaviest = rank.gather(-1, weight.argmax(-1, keepdim=True))[..., 0]
     for n in _TOP:
         values[f"top{n}"] = (heaviest < n).float()
@@ -112,9 +119,14 @@ def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 8) -> 
     Returns:
         [..., E] in [0, 1].
     """
-    experts = logits.shape[-1]
-    if top_k >= experts:
+    if top_k >= logits.shape[-1]:
         return torch.ones_like(logits)
+    return torch.sigmoid(inclusion_log_odds(logits, top_k, iterations))
+
+
+def inclusion_log_odds(logits: Tensor, top_k: int, iterations: int = 8) -> Tensor:
+    """The log-odds of :func:`inclusion_probabilities`: logit - τ. ``top_k`` must be below E."""
+    experts = logits.shape[-1]
     logits = logits.float().clamp(-1e4, 1e4)
     # τ lies between these: the first of each pair holds whatever the logits are, the second is tighter where
     # few experts stand out (K - 1 of them count at most 1 each, the others no more than the K-th; and so on).
@@ -131,7 +143,7 @@ def inclusion_probabilities(logits: Tensor, top_k: int, iterations: int = 8) -> 
         high = torch.where(total > top_k, high, tau)
         newton = tau + (total - top_k) / slope.clamp_min(1e-6)
         tau = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-    return torch.sigmoid(logits - tau)
+    return logits - tau
 
 
 def calibration_sums(probability_BTSHE: Tensor, targets: Targets) -> Tensor:

@@ -24,11 +24,12 @@ __all__ = [
     "Results",
     "SeedResult",
     "SplitFacts",
+    "TestDocuments",
     "TraceFacts",
 ]
 
 # Raised whenever a metric's definition changes; results of different versions do not compare.
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 
 
 class _Model(BaseModel):
@@ -99,17 +100,23 @@ class PredictorResult(_Model):
     Attributes:
         category, sees, needs, source: from its recipe. learned: has trained parameters.
         status: ``ok``; ``skipped`` (the trace lacks what it needs); ``failed`` (no seed finished).
+        recipe: what of its recipe was changed for this run, by field; empty where nothing was.
         scores: metric → horizon → interval, on the test part, mean over seeds. Metrics: ``recall@K``,
             ``recall@1.5K``, ``recall@2K``, ``recall@3K``, ``recall@4K`` (share of the experts needed that
-            are among the first b foreseen), ``coverage@K`` and ``coverage@2K`` (all K among them),
-            ``gate_mass@K`` (weighted by gate), ``top1`` … ``top10`` (the heaviest expert among the first n),
-            ``kl`` (nats), ``ece``, ``brier``.
+            are among the first b foreseen) and for the same budgets ``coverage@b`` (all K among them),
+            ``precision@b`` (share of the foreseen that are needed), ``gate_mass@b`` (recall weighted by gate);
+            ``cold_recall@K`` and ``cold_recall@2K`` (recall over the needed experts that the stated cache lacks),
+            ``top1`` … ``top10`` (the heaviest expert among the first n), ``kl`` (nats), ``ece``, ``brier``.
         per_layer: recall@K by source layer (rows) and horizon (columns, in the protocol's order).
-        per_domain: domain → recall@K by horizon, test part. per_phase: prefill and decode likewise.
+        per_domain: domain → main metric → horizon → interval, test part; empty where there is only one.
+        per_phase: the same for ``prefill`` and ``decode``.
         held_out_domain: recall@K by horizon on the domain kept out of training.
         calibration: horizon → bins. lift: recall@K minus the strongest training-free baseline's, paired.
         over_ridge: recall@K minus ridge's, paired over documents; empty where ridge was not run.
-        document_recall: [documents][horizons] recall@K of each test document (mean over seeds).
+        document_sums: metric → [seeds][documents][horizons], the metric summed over the events of each test
+            document, one row a finished seed. With :class:`TestDocuments` it is all that a paired bootstrap needs
+            (:meth:`specmoe.evaluation.Ratios.of_result`). Metrics: ``recall@K``, ``recall@2K``, ``coverage@K``,
+            ``gate_mass@K``, ``cold_recall@K``.
         latency: of ``step``; None if not measured.
     """
 
@@ -120,18 +127,19 @@ class PredictorResult(_Model):
     source: str
     learned: bool
     parameters: int
+    recipe: dict[str, Any] = Field(default_factory=dict)
     status: Literal["ok", "skipped", "failed"] = "ok"
     reason: str = ""
     seeds: tuple[SeedResult, ...] = ()
     scores: dict[str, ByHorizon] = Field(default_factory=dict)
     per_layer: tuple[tuple[float | None, ...], ...] = ()
-    per_domain: dict[str, ByHorizon] = Field(default_factory=dict)
-    per_phase: dict[str, ByHorizon] = Field(default_factory=dict)
+    per_domain: dict[str, dict[str, ByHorizon]] = Field(default_factory=dict)
+    per_phase: dict[str, dict[str, ByHorizon]] = Field(default_factory=dict)
     held_out_domain: ByHorizon = Field(default_factory=dict)
     calibration: dict[int, tuple[CalibrationBin, ...]] = Field(default_factory=dict)
     lift: ByHorizon = Field(default_factory=dict)
     over_ridge: ByHorizon = Field(default_factory=dict)
-    document_recall: tuple[tuple[float | None, ...], ...] = ()
+    document_sums: dict[str, tuple[tuple[tuple[float, ...], ...], ...]] = Field(default_factory=dict)
     latency: Latency | None = None
 
 
@@ -140,6 +148,7 @@ class Control(_Model):
 
     Attributes:
         name: what was done. expected: the outcome in words. value, unit: what came out. holds: as expected.
+        note: what else came out, in words.
     """
 
     name: str
@@ -147,6 +156,7 @@ class Control(_Model):
     value: float
     unit: str = "%"
     holds: bool
+    note: str = ""
 
 
 class Journey(_Model):
@@ -189,14 +199,38 @@ class SplitFacts(_Model):
     held_out_domain: str | None = None
 
 
+class TestDocuments(_Model):
+    """The documents of the test part, in the order in which every ``document_sums`` has them.
+
+    Attributes:
+        ids: their ids in the trace.
+        events: [documents][horizons] how many events there are: what a mean over events divides by.
+        cold: [documents][horizons] how many needed experts the stated cache lacks: what cold-miss recall divides by.
+    """
+
+    __test__ = False  # Not a test, whatever its name begins with.
+
+    ids: tuple[str, ...] = ()
+    events: tuple[tuple[int, ...], ...] = ()
+    cold: tuple[tuple[int, ...], ...] = ()
+
+
 class Protocol(_Model):
-    """How it was judged. budgets: label → experts fetched."""
+    """How it was judged.
+
+    Attributes:
+        budgets: label → experts fetched.
+        cache_experts: experts that the cache of cold-miss recall holds in every layer: least recently used leaves
+            first, on demand only, through the part's documents in the trace's order, empty at the start. None where
+            no cache was replayed.
+    """
 
     metric_version: int = METRIC_VERSION
     horizons: tuple[int, ...]
     budgets: dict[str, int]
     seeds: tuple[int, ...]
     bootstrap_draws: int
+    cache_experts: int | None = None
 
 
 class Made(_Model):
@@ -214,16 +248,20 @@ class Results(_Model):
     """The content of a results file.
 
     Attributes:
+        test_documents: what the sums per document belong to.
+        cold_share: share of the needed experts that the stated cache lacks when the event is made, by horizon.
         control_trace: facts of the untrained control model's trace, None if there is none.
         untrained: predictor → recall@K by horizon on that trace (training-free predictors only).
     """
 
     format: Literal["specmoe-results"] = "specmoe-results"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     made: Made
     trace: TraceFacts
     split: SplitFacts
     protocol: Protocol
+    test_documents: TestDocuments = Field(default_factory=TestDocuments)
+    cold_share: ByHorizon = Field(default_factory=dict)
     predictors: tuple[PredictorResult, ...]
     controls: tuple[Control, ...] = ()
     control_trace: TraceFacts | None = None
@@ -235,11 +273,18 @@ class Results(_Model):
         """Read a results file.
 
         Raises:
-            SpecmoeError: missing, damaged, or not a results file of this version.
+            SpecmoeError: missing, damaged, not a results file, or made under other definitions of the metrics.
         """
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != "specmoe-results":
             raise SpecmoeError(f"{path} is not a specmoe results file")
+        protocol = content.get("protocol")
+        version = protocol.get("metric_version") if isinstance(protocol, dict) else None
+        if isinstance(version, int) and version != METRIC_VERSION:
+            raise SpecmoeError(
+                f"{path} was made under metric version {version}, this specmoe has version {METRIC_VERSION}: "
+                "run `specmoe train` again"
+            )
         try:
             return cls.model_validate(content)
         except ValidationError as error:

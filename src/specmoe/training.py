@@ -21,6 +21,9 @@ from specmoe.predictors.base import Knowledge, Predictor, Recipe
 
 __all__ = ["EpochReport", "FitResult", "TrainingFailed", "fit", "loss_of", "training_target"]
 
+# Of a target distribution, where there is a teacher.
+TEACHER_SHARE = 0.5
+
 
 class TrainingFailed(SpecmoeError):
     """A run whose loss became NaN or Inf; the message names the cause. Other runs go on."""
@@ -56,6 +59,7 @@ def fit(
     seed: int,
     device: str = "cpu",
     checkpoint: Path | None = None,
+    teacher: Callable[[Window], Tensor] | None = None,
     on_epoch: Callable[[EpochReport], None] = lambda _: None,
 ) -> FitResult:
     """Train ``predictor`` by its own recipe: prepare, then epochs until the recipe or its patience ends.
@@ -67,6 +71,8 @@ def fit(
         train, validation: windows; early stopping sees validation only.
         knowledge: what the predictor may prepare from.
         checkpoint: where the state is kept after every epoch; None to keep none.
+        teacher: gives a second distribution to aim at for a training window, [B, T, S, H, E], mixed half and half
+            with the trace's own (distillation, Hinton et al., 2015). Validation is judged by the trace's own alone.
 
     Raises:
         TrainingFailed: the loss is no longer finite.
@@ -106,8 +112,11 @@ def fit(
         for window in train.batches(recipe.batch_windows, order):
             window = window.to(device)
             target, known = training_target(window, predictor.horizons, recipe, temperature)
+            if teacher is not None:
+                target = torch.lerp(target, teacher(window), TEACHER_SHARE)
             loss, count = loss_of(predictor(window), target, known, temperature)
-            loss.backward()
+            besides = predictor.auxiliary_loss(window)
+            (loss if besides is None else loss + besides).backward()
             norm = nn.utils.clip_grad_norm_(predictor.parameters(), recipe.clip)
             value = loss.item()
             if not math.isfinite(value) or not math.isfinite(norm.item()):
@@ -147,12 +156,25 @@ def fit(
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> Any:
-    """Cosine over all steps, or halving when an epoch brings no better validation loss."""
+    """Cosine over all steps (after a linear warm-up), or halving when an epoch brings no better validation loss."""
+    if recipe.scheduler == "cosine" and recipe.warmup > 0:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmed_cosine(step, recipe.epochs * steps_per_epoch, recipe.warmup)
+        )
     if recipe.scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=recipe.epochs * steps_per_epoch, eta_min=recipe.learning_rate * 0.02
         )
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.01)
+
+
+def warmed_cosine(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: up linearly over ``warmup`` of all steps, then half a cosine down to 2 %."""
+    warm = max(1, round(warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    share = min(1.0, (step - warm) / max(1, steps - warm))
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
 
 
 def training_target(

@@ -10,7 +10,19 @@ from typing import Any
 
 import typer
 
-from specmoe.cli import collecting, exporting, families, listing, pretraining, reporting, training, validating
+from specmoe.cli import (
+    collecting,
+    comparing,
+    exporting,
+    families,
+    listing,
+    pretraining,
+    reporting,
+    studying,
+    training,
+    tuning,
+    validating,
+)
 from specmoe.errors import SpecmoeError
 
 __all__ = ["app", "main", "run_verb"]
@@ -25,7 +37,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (collecting, families, validating, exporting, training, reporting, listing, pretraining):
+for module in (
+    collecting,
+    families,
+    validating,
+    exporting,
+    training,
+    tuning,
+    reporting,
+    comparing,
+    studying,
+    listing,
+    pretraining,
+):
     module.register(app)
 
 

@@ -10,11 +10,26 @@ import typer
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["AsJson", "Device", "Out", "parse_horizons", "print_json", "resolve_device"]
+__all__ = [
+    "AsJson",
+    "Device",
+    "Out",
+    "PresetName",
+    "RecipeFile",
+    "parse_horizons",
+    "print_json",
+    "resolve_device",
+    "resolve_recipes",
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
+
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipes", help="JSON file of changed recipes, as `specmoe tune` writes.")
+]
+PresetName = Annotated[str | None, typer.Option("--preset", help="Named recipes, like seed; --recipes goes on top.")]
 
 
 def parse_horizons(text: str) -> tuple[int, ...]:
@@ -50,6 +65,18 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecmoeError("--device cuda: torch sees no GPU here; use --device cpu")
     return device
+
+
+def resolve_recipes(file: Path | None, preset: str | None) -> dict[str, dict[str, Any]]:
+    """What recipes are changed to: those of a preset, and on top of them those of a file.
+
+    Raises:
+        SpecmoeError: an unknown preset, or a file whose names or values do not hold.
+    """
+    from specmoe.predictors.presets import preset as preset_of
+    from specmoe.predictors.recipes import load_recipes, merged
+
+    return merged(preset_of(preset) if preset else {}, load_recipes(file) if file else {})
 
 
 def print_json(value: Any) -> None:

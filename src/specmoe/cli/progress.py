@@ -76,6 +76,7 @@ class TrainingView:
         self._task = self._bar.add_task("training", total=None, done=0, jobs=0)
         self._live = Live(self._picture(), console=self._console, refresh_per_second=4, transient=True)
         self._work: dict[Job, float] = {}
+        self._epochs: dict[Job, int] = {}
         self._spent: dict[Job, float] = {}
         self._latest: dict[Job, JobEvent] = {}
         self._done = 0
@@ -97,7 +98,7 @@ class TrainingView:
 
     def plan(self, plan: Plan) -> None:
         """Take in what will be run."""
-        self._work = dict(plan.work)
+        self._work, self._epochs = dict(plan.work), plan.epochs
         for name, reason in plan.skipped.items():
             self._console.print(Text(f"skipped {name}: {reason}", style="yellow"))
         self._show()
@@ -119,9 +120,7 @@ class TrainingView:
                 self._say_result(event)
         elif event.epoch is not None:
             self._latest[job] = event
-            from specmoe.predictors.registry import PREDICTORS
-
-            share = event.epoch.epoch / max(1, PREDICTORS[job.predictor].recipe.epochs)
+            share = event.epoch.epoch / max(1, self._epochs[job])
             self._spent[job] = share * self._work[job]
         self._show()
 

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, Device, Out, parse_horizons, print_json, resolve_device
+from specmoe.cli.options import (
+    AsJson,
+    Device,
+    Out,
+    PresetName,
+    RecipeFile,
+    parse_horizons,
+    print_json,
+    resolve_device,
+    resolve_recipes,
+)
 from specmoe.errors import SpecmoeError
 
 __all__ = ["register"]
@@ -25,6 +35,10 @@ def register(app: typer.Typer) -> None:
 
 Only = Annotated[list[str] | None, typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
+CacheExperts = Annotated[
+    int | None,
+    typer.Option(help="Experts a layer in the cache that cold-miss recall supposes; default: a quarter, at least K."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 
 
@@ -35,6 +49,9 @@ def train(
     seeds: Seeds = 3,
     horizons: Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")] = "1-4",
     control: Annotated[Path | None, typer.Option(help="Trace of an untrained model, shown beside.")] = None,
+    recipes: RecipeFile = None,
+    preset: PresetName = None,
+    cache_experts: CacheExperts = None,
     workers: Workers = None,
     device: Device = "auto",
     json: AsJson = False,
@@ -52,6 +69,8 @@ def train(
         seeds=tuple(range(seeds)),
         horizons=parse_horizons(horizons),
         control=control,
+        recipes=resolve_recipes(recipes, preset),
+        cache_experts=cache_experts,
         workers=workers,
         device=resolve_device(device),
     )

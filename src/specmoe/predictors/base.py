@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from specmoe.dataset import Window, routed_of
 from specmoe.errors import SpecmoeError
 from specmoe.predictors._linear import LinearProbe, fit_linear_probe
+from specmoe.predictors.search import SHARED, SearchSpace
 from specmoe.topology import Topology
 
 __all__ = ["Knowledge", "Observation", "Predictor", "Recipe", "State", "parameter_count"]
@@ -38,13 +39,18 @@ class Recipe:
             that see the same compare fairly.
         needs: trace fields without which it cannot run; ``routers`` stands for the routers' own weights.
         source: paper (year) or system the method comes from.
-        learning_rate: of AdamW. epochs: at most. batch_windows: windows a step.
+        learning_rate: of AdamW. epochs: at most. batch_windows: windows a step. window: tokens in a training
+            window; what lies before it is not seen in training.
         scheduler: ``cosine`` (over all epochs) or ``plateau`` (halved when validation stalls).
         label_smoothing: share of a hard target spread evenly over the experts.
         soft_targets: aim at the router's own distribution where the trace has it. sharpness: the temperature
             of that distribution is chosen for this sharpness (see ``Windows.router_temperature``).
         patience: epochs without a better validation loss before stopping.
         clip: largest gradient norm. weight_decay: of AdamW.
+        warmup: share of all steps over which the cosine scheduler first raises the rate linearly.
+        width: factor on a predictor's inner width. dropout: share of inner values dropped while training.
+            Predictors that use these two read them from ``self.recipe`` when they are built.
+        search: where ``specmoe tune`` looks for better values; nothing else depends on it.
     """
 
     category: Category
@@ -54,6 +60,7 @@ class Recipe:
     learning_rate: float = 2e-3
     epochs: int = 0
     batch_windows: int = 32
+    window: int = 16
     scheduler: Scheduler = "plateau"
     label_smoothing: float = 0.1
     soft_targets: bool = True
@@ -61,6 +68,10 @@ class Recipe:
     patience: int = 7
     clip: float = 1.0
     weight_decay: float = 0.01
+    warmup: float = 0.0
+    width: float = 1.0
+    dropout: float = 0.0
+    search: SearchSpace = SHARED
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,13 @@ class Knowledge:
     Attributes:
         windows: call it to go through the training windows once more, in a fixed order.
         router_weight_LED, router_bias_LE: the model's own routers, None if the trace does not keep them.
+        unembedding_VD: the model's output embedding, None if the trace does not keep it.
     """
 
     windows: Callable[[], Iterable[Window]]
     router_weight_LED: Tensor | None = None
     router_bias_LE: Tensor | None = None
+    unembedding_VD: Tensor | None = None
     _probes: dict[tuple[int, ...], LinearProbe | None] = field(default_factory=dict, repr=False)
 
     def linear_probe(self, horizons: tuple[int, ...]) -> LinearProbe | None:
@@ -158,6 +171,11 @@ class Predictor(nn.Module, ABC):
         A softmax over E estimates the router's distribution at the place the horizon points to; the order
         of the logits is the order in which to fetch.
         """
+
+    def auxiliary_loss(self, window: Window) -> Tensor | None:
+        """What training adds to the loss besides the targets, for the window that ``forward`` saw last; or nothing."""
+        del window
+        return None
 
     def start(self) -> State:
         """The state before the first token of a sequence."""

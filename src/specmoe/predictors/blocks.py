@@ -15,12 +15,21 @@ from torch import Tensor, nn
 from specmoe.predictors._linear import LinearProbe
 from specmoe.topology import REFERENCE, Topology
 
-__all__ = ["HiddenInput", "LayerHead", "LinearSkip", "ResidualBlock", "RouteInput", "past_tokens", "scaled_width"]
+__all__ = [
+    "HiddenInput",
+    "LayerHead",
+    "LinearSkip",
+    "PerLayerLinear",
+    "ResidualBlock",
+    "RouteInput",
+    "past_tokens",
+    "scaled_width",
+]
 
 
-def scaled_width(width: int, topology: Topology) -> int:
-    """``width`` at the reference topology, scaled to this one; a multiple of 8, at least 16."""
-    scaled = width * math.sqrt((topology.hidden_size or REFERENCE.hidden_size) / REFERENCE.hidden_size)
+def scaled_width(width: float, topology: Topology, factor: float = 1.0) -> int:
+    """``width`` at the reference topology, scaled to this one and by ``factor``; a multiple of 8, at least 16."""
+    scaled = factor * width * math.sqrt((topology.hidden_size or REFERENCE.hidden_size) / REFERENCE.hidden_size)
     return max(16, 8 * round(scaled / 8))
 
 
@@ -120,6 +129,22 @@ def layerwise(inputs_BTSC: Tensor, weight_SCX: Tensor, bias_SX: Tensor | None = 
         torch.bmm(by_layer, weight_SCX) if bias_SX is None else torch.baddbmm(bias_SX[:, None], by_layer, weight_SCX)
     )
     return outputs.view(layers, batch, tokens, -1).permute(1, 2, 0, 3)
+
+
+class PerLayerLinear(nn.Module):
+    """A linear map with weights of its own for every layer."""
+
+    def __init__(self, layers: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(max(1, inputs))
+        self.weight = nn.Parameter(torch.empty(layers, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(layers, outputs))
+
+    def forward(self, inputs_NLC: Tensor, layer: int | None = None) -> Tensor:
+        """[N, L, C] → [N, L, X]; given a layer, [N, 1, C] → [N, 1, X] by that layer's weights."""
+        if layer is not None:
+            return inputs_NLC @ self.weight[layer] + self.bias[layer]
+        return torch.baddbmm(self.bias[:, None], inputs_NLC.transpose(0, 1), self.weight).transpose(0, 1)
 
 
 class ResidualBlock(nn.Module):

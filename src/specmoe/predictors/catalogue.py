@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from specmoe.predictors.base import parameter_count
+from specmoe.predictors.presets import PRESETS
+from specmoe.predictors.recipes import values_of
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.topology import REFERENCE, Topology
 
@@ -18,7 +21,12 @@ DEMO = Topology(model_id="olmoe-stdlib", layers=8, experts=16, top_k=2, hidden_s
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One predictor. Parameters are counted at the reference topology and at the demo's."""
+    """One predictor. Parameters are counted at the reference topology and at the demo's.
+
+    Attributes:
+        recipe: the fields that can be changed, with their values; empty if it is not trained.
+        search: field → where a search looks. presets: preset → what it changes in the recipe.
+    """
 
     name: str
     category: str
@@ -29,6 +37,9 @@ class CatalogueEntry:
     demo_parameters: int
     learning_rate: float
     epochs: int
+    recipe: dict[str, Any]
+    search: dict[str, dict[str, Any]]
+    presets: dict[str, dict[str, Any]]
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -41,7 +52,21 @@ def catalogue() -> list[CatalogueEntry]:
             sizes = [parameter_count(predictor(topology)) for topology in (REFERENCE, DEMO)]
         needs = tuple(sorted(recipe.needs))
         rate, epochs = recipe.learning_rate, recipe.epochs
+        learned = epochs > 0
         entries.append(
-            CatalogueEntry(name, recipe.category, recipe.sees, needs, recipe.source, sizes[0], sizes[1], rate, epochs)
+            CatalogueEntry(
+                name,
+                recipe.category,
+                recipe.sees,
+                needs,
+                recipe.source,
+                sizes[0],
+                sizes[1],
+                rate,
+                epochs,
+                recipe=values_of(recipe) if learned else {},
+                search={field: asdict(place) for field, place in recipe.search.items()} if learned else {},
+                presets={title: dict(each.recipes[name]) for title, each in PRESETS.items() if name in each.recipes},
+            )
         )
     return entries

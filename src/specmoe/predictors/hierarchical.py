@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from specmoe.predictors.base import Recipe
 from specmoe.predictors.blocks import HiddenInput, LayerHead, LinearSkip, ResidualBlock, RouteInput, scaled_width
 from specmoe.predictors.neural import Context, Events, NeuralPredictor
+from specmoe.predictors.search import SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["HierarchicalGatingPredictor"]
@@ -32,12 +33,13 @@ class HierarchicalGatingPredictor(NeuralPredictor):
         epochs=6,
         batch_windows=16,
         scheduler="cosine",
+        search=SHARED.but(width=WIDTH),
     )
     memory = 32
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        width = scaled_width(160, topology)
+        width = scaled_width(160, topology, self.recipe.width)
         self.token_level = HiddenInput(topology, width)
         self.token_block = ResidualBlock(width, width)
         self.token_routes = nn.Linear(topology.layers * topology.experts, width)

@@ -18,6 +18,7 @@ from specmoe.predictors.blocks import (
     scaled_width,
 )
 from specmoe.predictors.neural import Context, Events, NeuralPredictor
+from specmoe.predictors.search import SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["ImprovedPredictor"]
@@ -38,13 +39,14 @@ class ImprovedPredictor(NeuralPredictor):
         learning_rate=3e-3,
         epochs=6,
         batch_windows=32,
+        search=SHARED.but(width=WIDTH),
     )
     memory = max(_SPANS)
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        widths = [scaled_width(width, topology) for width in (32, 64, 96)]
-        span_width, width = scaled_width(48, topology), scaled_width(128, topology)
+        widths = [scaled_width(width, topology, self.recipe.width) for width in (32, 64, 96)]
+        span_width, width = (scaled_width(each, topology, self.recipe.width) for each in (48, 128))
         self.branches = nn.ModuleList(HiddenInput(topology, branch) for branch in widths)
         self.routes = RouteInput(topology, span_width, depth=4)
         self.token_routes = nn.Linear(topology.layers * topology.experts, span_width)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specmoe.predictors.base import Recipe
 from specmoe.predictors.blocks import LayerHead, LinearSkip, RouteInput, layerwise, past_tokens, scaled_width
 from specmoe.predictors.neural import Context, Events, NeuralPredictor
+from specmoe.predictors.search import SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["LayerSpecificPredictor"]
@@ -31,18 +32,19 @@ class LayerSpecificPredictor(NeuralPredictor):
         learning_rate=2.5e-3,
         epochs=7,
         batch_windows=32,
+        search=SHARED.but(width=WIDTH),
     )
     memory = 1
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        width = scaled_width(128, topology)
+        width, narrow = (scaled_width(each, topology, self.recipe.width) for each in (128, 48))
         self.hidden = _PerLayer(topology.layers, topology.hidden_size, width)
         self.missing_hidden = nn.Parameter(torch.zeros(topology.layers, width))
-        self.routes = RouteInput(topology, scaled_width(48, topology), depth=4)
-        self.previous = nn.Linear(topology.layers * topology.experts, scaled_width(48, topology))
-        self.no_past = nn.Parameter(torch.zeros(scaled_width(48, topology)))
-        self.past = _PerLayer(topology.layers, 2 * scaled_width(48, topology), width)
+        self.routes = RouteInput(topology, narrow, depth=4)
+        self.previous = nn.Linear(topology.layers * topology.experts, narrow)
+        self.no_past = nn.Parameter(torch.zeros(narrow))
+        self.past = _PerLayer(topology.layers, 2 * narrow, width)
         self.mix = _PerLayer(topology.layers, width, width)
         self.head = LayerHead(topology, horizons, width)
         self.skip = LinearSkip(topology, horizons)

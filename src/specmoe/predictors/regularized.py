@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from specmoe.predictors.base import Recipe
 from specmoe.predictors.blocks import HiddenInput, LayerHead, LinearSkip, ResidualBlock, RouteInput, scaled_width
 from specmoe.predictors.neural import Events, NeuralPredictor
+from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["RegularizedSpeculationModel"]
@@ -29,17 +30,17 @@ class RegularizedSpeculationModel(NeuralPredictor):
         epochs=7,
         batch_windows=32,
         weight_decay=0.05,
+        dropout=0.1,
+        search=SHARED.but(width=WIDTH, dropout=DROPOUT),
     )
 
-    def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4), dropout: float = 0.1) -> None:
+    def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        width = scaled_width(128, topology)
+        width = scaled_width(128, topology, self.recipe.width)
         self.hidden = HiddenInput(topology, width)
         self.routes = RouteInput(topology, width, depth=4)
         self.layer = nn.Embedding(topology.layers, width)
-        self.blocks = nn.Sequential(
-            ResidualBlock(width, width // 2, dropout), ResidualBlock(width, width // 2, dropout)
-        )
+        self.blocks = nn.Sequential(*(ResidualBlock(width, width // 2, self.recipe.dropout) for _ in range(2)))
         self.norm = nn.LayerNorm(width)
         self.head = LayerHead(topology, horizons, width)
         self.skip = LinearSkip(topology, horizons)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from specmoe.predictors.base import Recipe
 from specmoe.predictors.blocks import HiddenInput, LayerHead, RouteInput, scaled_width
 from specmoe.predictors.neural import Events, NeuralPredictor
+from specmoe.predictors.search import SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["SmallSpeculationModel"]
@@ -29,11 +30,12 @@ class SmallSpeculationModel(NeuralPredictor):
         learning_rate=5e-3,
         epochs=8,
         batch_windows=32,
+        search=SHARED.but(width=WIDTH),
     )
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        width = scaled_width(48, topology)
+        width = scaled_width(48, topology, self.recipe.width)
         self.hidden = HiddenInput(topology, width)
         self.routes = RouteInput(topology, width, depth=2)
         self.layer = nn.Embedding(topology.layers, width)

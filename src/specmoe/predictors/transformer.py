@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from specmoe.predictors.base import Recipe
 from specmoe.predictors.blocks import HiddenInput, LayerHead, LinearSkip, ResidualBlock, scaled_width
 from specmoe.predictors.neural import Context, Events, NeuralPredictor
+from specmoe.predictors.search import SHARED, WIDTH
 from specmoe.topology import Topology
 
 __all__ = ["TransformerGatingPredictor"]
@@ -34,12 +35,13 @@ class TransformerGatingPredictor(NeuralPredictor):
         epochs=6,
         batch_windows=16,
         scheduler="cosine",
+        search=SHARED.but(width=WIDTH),
     )
     memory = _SPAN * _DEPTH + 1
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
-        width, history = scaled_width(160, topology), scaled_width(96, topology)
+        width, history = (scaled_width(each, topology, self.recipe.width) for each in (160, 96))
         self.token_routes = nn.Linear(topology.layers * topology.experts, width)
         self.token_hidden = HiddenInput(topology, width)
         self.encoder = nn.ModuleList(_EncoderLayer(width, heads=4, span=_SPAN) for _ in range(_DEPTH))

@@ -10,6 +10,8 @@ from specmoe.results import Interval, PredictorResult, Results
 
 __all__ = ["deployment"]
 
+_COLD = "cold_recall@K"
+
 
 def deployment(results: Results) -> Answer:
     """Question 5: the time of one prediction beside the layer's own compute time."""
@@ -20,12 +22,21 @@ def deployment(results: Results) -> Answer:
         return Answer(question, ("Latency was not measured, so nothing can be said of deployment.",))
     timed.sort(key=_p50)
     budget = results.trace.layer_us_p50
-    sentences = [*_against_budget(timed, budget, horizon), *_front(timed, horizon)]
+    sentences = [*_against_budget(timed, budget, horizon), *_cold(results, timed, horizon), *_front(timed, horizon)]
     sentences.append(
         "Times are medians of one prediction at batch 1 in eager PyTorch on one thread of the machine named under "
         "provenance; other runtimes and machines were not measured, nor was whether prefetching pays."
     )
-    columns = ("predictor", "p50", "p99", "share of a layer's compute", f"recall@K h={horizon}, %", "parameters")
+    cold = any(_COLD in r.scores for r in timed)
+    columns = (
+        "predictor",
+        "p50",
+        "p99",
+        "share of a layer's compute",
+        f"recall@K h={horizon}, %",
+        *((f"of cold experts h={horizon}, %",) if cold else ()),
+        "parameters",
+    )
     rows = tuple(
         (
             r.name,
@@ -33,6 +44,7 @@ def deployment(results: Results) -> Answer:
             microseconds(r.latency.p99_us if r.latency else None),
             f"{_p50(r) / budget:.2f} ×" if budget else NOT_MEASURED,
             percent(recall(r, horizon)),
+            *((percent(recall(r, horizon, _COLD)),) if cold else ()),
             count(r.parameters),
         )
         for r in timed
@@ -77,6 +89,22 @@ def _against_budget(timed: list[PredictorResult], budget: float | None, horizon:
             f"{_p50(overall) / budget:.1f} times a layer's compute."
         )
     return sentences
+
+
+def _cold(results: Results, timed: list[PredictorResult], horizon: int) -> list[str]:
+    """What is foreseen of the experts that a prefetch is for: those that a cache would not hold anyway."""
+    measured = [r for r in timed if recall(r, horizon, _COLD) is not None]
+    if not measured:
+        return []
+    budget = results.trace.layer_us_p50
+    fitting = [r for r in measured if not budget or _p50(r) <= budget] or measured
+    choice = max(fitting, key=lambda r: r.scores[_COLD][horizon].value)
+    size, lacking = results.protocol.cache_experts, results.cold_share.get(horizon)
+    share = f" lacks {percent_range(lacking)} of the experts needed; of these" if lacking else " is what counts:"
+    named = f"A cache of the {size} experts used last in every layer{share}"
+    among = "" if len(fitting) == len(measured) else ", the most of those in time"
+    said = f"{choice.name} foresees {percent_range(choice.scores[_COLD][horizon])}{among}"
+    return [f"{named}, {said}, against {percent_range(_recall(choice, horizon))} of all (h={horizon})."]
 
 
 def _front(timed: list[PredictorResult], horizon: int) -> list[str]:

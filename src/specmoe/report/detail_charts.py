@@ -8,7 +8,7 @@ from functools import cache
 import altair as alt
 
 from specmoe.report.charts import Row, Spec, category_encoding, finish, structure, table
-from specmoe.report.select import best, finished, ridge, strongest_training_free
+from specmoe.report.select import RECALL, best, finished, ridge, strongest_training_free
 from specmoe.report.text import percent
 from specmoe.results import PredictorResult, Results
 
@@ -156,7 +156,7 @@ def domains(results: Results) -> tuple[Spec | None, str]:
     away = f"{held_out} (held out)"
     rows: list[Row] = []
     for result in series:
-        measured = {name: by_horizon for name, by_horizon in result.per_domain.items() if name != held_out}
+        measured = {name: scores[RECALL] for name, scores in result.per_domain.items() if name != held_out}
         if held_out is not None and result.held_out_domain:
             measured[away] = result.held_out_domain
         for name, by_horizon in measured.items():

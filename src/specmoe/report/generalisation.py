@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from specmoe.report.answer import Answer
-from specmoe.report.select import RECALL, best, finished, has_width, recall, ridge
-from specmoe.report.text import NOT_MEASURED, percent, percent_range
+from specmoe.report.select import RECALL, best, excludes_zero, finished, has_width, recall, ridge
+from specmoe.report.text import NOT_MEASURED, margin, percent, percent_range, points_range
 from specmoe.results import Interval, PredictorResult, Results
 
 __all__ = ["generalisation"]
@@ -41,7 +43,10 @@ def generalisation(results: Results) -> Answer:
                 f"On {domain}, which no training document comes from, {result.name} reaches {percent_range(there)} "
                 f"against {percent_range(here)} on the test part; {_apart(here, there)}."
             )
-        sentences.append("One held-out domain is one sample: it may simply be an easier or a harder text.")
+        sentences.append(
+            "One held-out domain is one sample: it may simply be an easier or a harder text. `specmoe "
+            "leave-one-domain-out` keeps out each domain in turn and judges it on the same documents with and without."
+        )
     shown = [r for r in finished(results) if r in away or r in learned]
     columns = ("predictor", "train, %", "validation, %", "test, %", "train − test, points", "held-out domain, %")
     rows = tuple(
@@ -76,8 +81,22 @@ def _share(value: float | None) -> str:
 def _apart(here: Interval, there: Interval) -> str:
     if not (has_width(here) and has_width(there)):
         return "without intervals, whether they differ is open"
-    if there.high < here.low:
-        return "the intervals do not overlap: it foresees less there"
-    if there.low > here.high:
-        return "the intervals do not overlap: it foresees more there"
-    return "the intervals overlap, so a difference is not shown"
+    loss = independent_difference(here, there)
+    if not excludes_zero(loss):
+        return f"a difference of {margin(loss)} points, whose interval includes 0, so a loss is not shown"
+    if loss.value > 0:
+        return f"it foresees {points_range(loss)} less there"
+    return f"it foresees {points_range(independent_difference(there, here))} more there"
+
+
+def independent_difference(a: Interval, b: Interval) -> Interval:
+    """``a`` minus ``b``, estimates on different documents, with its interval.
+
+    From the limits of the two by the method of variance estimates recovery (Zou and Donner, 2008).
+    """
+    value = a.value - b.value
+    return Interval(
+        value=value,
+        low=value - math.hypot(a.value - a.low, b.high - b.value),
+        high=value + math.hypot(a.high - a.value, b.value - b.low),
+    )

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from specmoe.files import write_text
 from specmoe.report import charts, cost_charts, detail_charts
 from specmoe.report.journey import journey_data
+from specmoe.report.page import Figure, as_script, environment, page_parts
 from specmoe.report.questions import answers, headline
 from specmoe.report.select import (
     CATEGORIES,
+    COLD_RECALL,
     best,
     excludes_zero,
     far_horizon,
@@ -32,7 +27,7 @@ from specmoe.report.select import (
     unfinished,
 )
 from specmoe.report.text import NOT_MEASURED, count, duration, margin, microseconds, percent, percent_range, points
-from specmoe.report.theme import CATEGORY_SHAPES, DARK, LIGHT, vega_config
+from specmoe.report.theme import CATEGORY_SHAPES
 from specmoe.results import Interval, PredictorResult, Results
 
 __all__ = ["render_report", "write_report"]
@@ -44,15 +39,6 @@ SEES_WORDS = {
     "routing": "which experts were used before",
     "nothing": "nothing of the text",
 }
-
-
-class Figure(NamedTuple):
-    """A chart of the page. id: of its element. label: what it shows, for those who do not see it."""
-
-    id: str
-    label: str
-    title: str = ""
-    note: str = ""
 
 
 class Cell(NamedTuple):
@@ -80,24 +66,11 @@ def write_report(results: Results, path: Path) -> None:
 def render_report(results: Results) -> str:
     """The report as HTML, complete in itself: styles, scripts, charts and data are inside."""
     page = _Page(results)
-    environment = Environment(
-        loader=PackageLoader("specmoe.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
     content = page.content()
-    return environment.get_template("template.html.jinja").render(
-        **content,
-        # Autoescaping is off for these only: our own files, and JSON in which no tag can begin or end.
-        style=Markup(_asset("style.css")),
-        script=Markup(_asset("page.js")),
-        library=Markup(_library()),
-        charts_json=Markup(_json(page.specs)),
-        themes_json=Markup(_json({"light": vega_config(LIGHT), "dark": vega_config(DARK)})),
-        journey_json=Markup(_json(content["journey"])),
+    return (
+        environment()
+        .get_template("template.html.jinja")
+        .render(**content, **page_parts(page.specs), journey_json=as_script(content["journey"]))
     )
 
 
@@ -259,6 +232,7 @@ def _ranking_columns(results: Results) -> list[tuple[str, bool]]:
         *((f"recall@K h={h}, %", True) for h in horizons),
         *((f"over ridge h={h}, points", True) for h in dict.fromkeys((horizons[0], far_horizon(results)))),
         (f"recall@2K h={horizons[0]}, %", True),
+        *([(f"cold-miss recall@K h={horizons[0]}, %", True)] if _has_cold(results) else []),
         ("p50", True),
         ("training a seed", True),
     ]
@@ -282,9 +256,23 @@ def _ranking_cells(results: Results, result: PredictorResult) -> list[Cell]:
     return [
         *cells,
         _score_cell(recall(result, horizons[0], "recall@2K"), percent),
+        *([_score_cell(recall(result, horizons[0], COLD_RECALL), percent)] if _has_cold(results) else []),
         Cell(microseconds(p50), -1.0 if p50 is None else p50),
         Cell(duration(seconds), -1.0 if seconds is None else seconds),
     ]
+
+
+def _has_cold(results: Results) -> bool:
+    return any(COLD_RECALL in result.scores for result in results.predictors)
+
+
+def _cache(results: Results) -> str:
+    """The cache of cold-miss recall in words."""
+    if results.protocol.cache_experts is None:
+        return "none replayed"
+    share = results.cold_share.get(results.protocol.horizons[0])
+    lacks = f"; lacks {percent_range(share)} of the experts needed" if share else ""
+    return f"LRU of {results.protocol.cache_experts} experts a layer, on demand, empty at the start{lacks}"
 
 
 def _score_cell(interval: Interval | None, written: Any) -> Cell:
@@ -331,6 +319,7 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("experts fetched", budgets),
                 ("seeds", ", ".join(str(seed) for seed in protocol.seeds)),
                 ("bootstrap draws", f"{protocol.bootstrap_draws:,}, over documents and seeds"),
+                ("cache of cold-miss recall", _cache(results)),
                 ("metric version", str(protocol.metric_version)),
             ],
         ),
@@ -346,28 +335,3 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
             ],
         ),
     ]
-
-
-def _breakable(name: str) -> Markup:
-    """A name that may break before its capitals."""
-    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])", name))
-
-
-def _json(value: Any) -> str:
-    """JSON that can stand in a script element whatever text it holds."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _asset(name: str) -> str:
-    return resources.files("specmoe.report").joinpath(name).read_text(encoding="utf-8")
-
-
-@cache
-def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script; building it takes seconds, so once a process."""
-    import vl_convert
-
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

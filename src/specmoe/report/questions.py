@@ -45,7 +45,15 @@ def answers(results: Results) -> tuple[Answer, ...]:
 
 
 def headline(results: Results) -> str:
-    """The result in one or two sentences."""
+    """The result in one or two sentences, after those on controls that do not hold."""
+    broken = [control.name for control in results.controls if not control.holds]
+    if not broken:
+        return _headline(results)
+    which = "a control does not hold" if len(broken) == 1 else f"{len(broken)} controls do not hold"
+    return f"Not to be trusted: {which} ({'; '.join(broken)}). {_headline(results)}"
+
+
+def _headline(results: Results) -> str:
     horizon = results.protocol.horizons[0]
     winner = best(finished(results), horizon, learned=True)
     if winner is None:
@@ -91,8 +99,8 @@ def best_approach(results: Results) -> Answer:
     elif ridge(results) is None:
         sentences.append("Ridge was not run, so whether training pays over a closed-form fit is open.")
     sentences.append(
-        "The best was picked on the documents it is judged on, so its figures flatter it a little. Intervals of recall "
-        "and over ridge resample documents and seeds, those between two learned predictors documents only."
+        "The best was picked on the documents it is judged on, so its figures flatter it a little. All intervals "
+        "resample documents and seeds."
     )
     columns = ("category", "its best", *(f"recall@K h={h}, %" for h in horizons), f"over ridge h={horizons[0]}")
     rows = tuple(
@@ -242,8 +250,7 @@ def stability(results: Results) -> Answer:
 
 def versus(results: Results, better: PredictorResult, other: PredictorResult, horizon: int) -> str:
     """``A is 1.2 points (0.8 to 1.6) ahead of B``, or that the difference is open."""
-    column = results.protocol.horizons.index(horizon)
-    difference = paired_difference(better, other, column)
+    difference = paired_difference(results, better, other, horizon)
     if difference is None:
         plain = 100 * (_recall(better, horizon).value - _recall(other, horizon).value)
         return f"{better.name} is {plain:.1f} points ahead of {other.name} (no paired interval can be drawn)"

@@ -8,10 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from specmoe.errors import SpecmoeError
+from specmoe.evaluation import Ratios
+from specmoe.evaluation import paired_difference as difference_of_ratios
 from specmoe.results import Interval, PredictorResult, Results
 
 __all__ = [
     "CATEGORIES",
+    "COLD_RECALL",
     "RECALL",
     "SEES",
     "Spread",
@@ -33,6 +37,7 @@ __all__ = [
 ]
 
 RECALL = "recall@K"
+COLD_RECALL = "cold_recall@K"
 CATEGORIES = ("attention-based", "ensemble", "multi-scale", "edge", "training-free")
 # From least to most informed; predictors compare fairly only within one of these.
 SEES = ("nothing", "routing", "token", "hidden", "context")
@@ -49,7 +54,6 @@ _SPREAD_LIMITS = {
     8: (0.675, 1.916),
     9: (0.688, 1.826),
 }
-_DRAWS = 2000
 
 
 class Spread(NamedTuple):
@@ -149,27 +153,20 @@ def excludes_zero(interval: Interval) -> bool:
     return has_width(interval) and (interval.low > 0 or interval.high < 0)
 
 
-def paired_difference(a: PredictorResult, b: PredictorResult, column: int, draws: int = _DRAWS) -> Interval | None:
-    """Mean over test documents of recall@K of ``a`` minus that of ``b``, with a 95 % percentile bootstrap
-    interval over documents (Efron, 1979). Every document weighs the same. ``column``: index of the horizon.
+def paired_difference(results: Results, a: PredictorResult, b: PredictorResult, horizon: int) -> Interval | None:
+    """recall@K of ``a`` minus that of ``b`` on the test part, with a 95 % percentile bootstrap interval over
+    documents and seeds (Efron, 1979): documents weigh by their events, as in every other number.
 
     Returns:
-        None if the two share fewer than two documents.
+        None if the file lacks the sums of one of them, or has fewer than two documents.
     """
-    pairs = [
-        (left[column], right[column])
-        for left, right in zip(a.document_recall, b.document_recall, strict=False)
-        if len(left) > column and len(right) > column
-    ]
-    differences = np.array([x - y for x, y in pairs if x is not None and y is not None])
-    if len(a.document_recall) != len(b.document_recall) or len(differences) < 2:
+    try:
+        ours, theirs = (Ratios.of_result(results, predictor, RECALL) for predictor in (a, b))
+    except SpecmoeError:
         return None
-    # Counts instead of indices: a draw is then one row of a matrix product.
-    counts = np.random.default_rng(0).multinomial(
-        len(differences), np.full(len(differences), 1 / len(differences)), size=draws
-    )
-    low, high = np.quantile(counts @ differences / len(differences), (0.025, 0.975))
-    return Interval(value=float(differences.mean()), low=float(low), high=float(high))
+    if len(ours.events_GH) < 2:
+        return None
+    return difference_of_ratios(ours, theirs, results.protocol.horizons).get(horizon)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

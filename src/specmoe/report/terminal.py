@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from specmoe.report.questions import answers, headline
-from specmoe.report.select import RECALL, best_per_category, excludes_zero, groups, recall, train_seconds, unfinished
+from specmoe.report.select import (
+    COLD_RECALL,
+    RECALL,
+    best_per_category,
+    excludes_zero,
+    groups,
+    recall,
+    train_seconds,
+    unfinished,
+)
 from specmoe.report.text import NOT_MEASURED, count, duration, margin, microseconds, percent
 from specmoe.results import PredictorResult, Results
 
@@ -106,6 +115,10 @@ def _columns(results: Results, ranked: list[PredictorResult]) -> list[_Column]:
             )
     if any("recall@2K" in r.scores for r in ranked):
         columns.append(_Column(f"2K h={first}, %", True, 45, partial(_recall_cell, horizon=first, metric="recall@2K")))
+    if any(COLD_RECALL in r.scores for r in ranked):
+        columns.append(
+            _Column(f"cold h={first}, %", True, 42, partial(_recall_cell, horizon=first, metric=COLD_RECALL))
+        )
     if any(r.latency for r in ranked):
         columns.append(
             _Column("latency", True, 20, lambda r: Text(microseconds(r.latency.p50_us if r.latency else None)))

@@ -19,7 +19,7 @@ from specmoe.sources.batches import Encoded, batched, encode_documents
 from specmoe.sources.corpus import Document, text_hash
 from specmoe.sources.generation import BatchRoutes, Generation, join, run_generation
 from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_like
-from specmoe.sources.model_shape import linear_routers
+from specmoe.sources.model_shape import linear_routers, unembedding
 from specmoe.sources.recording import ForwardRoutes, LayerRoute, Recorder, recorded_routes, run_model
 from specmoe.sources.timing import machine_name, measure_layer_us
 from specmoe.trace import Manifest, RoutingRecord, Source, Timing, TraceWriter
@@ -148,7 +148,8 @@ def collect(
     routers = linear_routers(loaded.model, loaded.family, loaded.stack)
     with TraceWriter(out, manifest, shard_bytes=SHARD_BYTES) as writer:
         if routers is not None:
-            writer.keep_routers(*routers)
+            head = None if keep_hidden == "none" else unembedding(loaded.model, loaded.topology.hidden_size)
+            writer.keep_routers(*routers, head)
         _keep_tokenizer(loaded, out)
         if writer.manifest.timing is None:
             layer_us = measure_layer_us(loaded.model, loaded.family, loaded.stack)

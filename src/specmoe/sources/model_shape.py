@@ -19,7 +19,10 @@ from specmoe.sources.families import NOT_TEXT, Family, RouterSite, router_sites
 from specmoe.sources.recording import LayerRoute, recorded_routes, run_model
 from specmoe.topology import Topology
 
-__all__ = ["linear_routers", "tokenizer_hash", "topology_of_model", "weights_hash"]
+__all__ = ["linear_routers", "tokenizer_hash", "topology_of_model", "unembedding", "weights_hash"]
+
+# Bytes in float16; a vocabulary of 128 thousand at a width of 2,048.
+_LARGEST_UNEMBEDDING = 512 << 20
 
 # Bytes of one number in a safetensors header's notation; of integers, how many numbers they hold is not known.
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -97,6 +100,20 @@ def linear_routers(model: Any, family: Family, stack: str) -> tuple[Tensor, Tens
     return torch.stack([weight.cpu() for weight, _ in found]), (
         torch.stack([bias.cpu() for bias in biases]) if len(biases) == len(found) else None
     )
+
+
+def unembedding(model: Any, hidden_size: int) -> Tensor | None:
+    """The output embedding [V, D] of a model, which reads the next token off its last hidden state.
+
+    None where there is none, it is not as wide as the routers' input, or it is too large to keep beside a trace.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden_size:
+        return None
+    if not weight.is_floating_point() or 2 * weight.numel() > _LARGEST_UNEMBEDDING:
+        return None
+    return weight.detach()
 
 
 def _linear_map(site: RouterSite, layer: LayerRoute) -> tuple[Tensor, Tensor | None] | None:

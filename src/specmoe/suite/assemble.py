@@ -7,11 +7,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import specmoe
 from specmoe.evaluation import (
@@ -19,16 +20,17 @@ from specmoe.evaluation import (
     Ratios,
     Tally,
     by_horizon,
+    cold_share,
+    documents_of,
     expected_calibration_error,
     paired_difference,
-    recall_by_document,
     recall_by_layer,
     reliability,
+    sums_by_document,
 )
 from specmoe.latency import measure_latency
 from specmoe.metrics import budgets_of
-from specmoe.predictors.base import parameter_count
-from specmoe.predictors.registry import PREDICTORS
+from specmoe.predictors.base import Predictor, parameter_count
 from specmoe.results import (
     ByHorizon,
     Control,
@@ -39,6 +41,7 @@ from specmoe.results import (
     Results,
     SeedResult,
     SplitFacts,
+    TestDocuments,
     TraceFacts,
 )
 from specmoe.suite.controls import controls_of
@@ -49,6 +52,8 @@ from specmoe.trace.record import Phase
 
 __all__ = ["assemble", "made_now"]
 
+# Kept by domain, by phase and by document; of the others the whole test part has to do.
+MAIN_METRICS = ("recall@K", "recall@2K", "coverage@K", "gate_mass@K", "cold_recall@K")
 _RIDGE = "Ridge"
 _JOURNEY_TOKENS = 40
 
@@ -74,6 +79,8 @@ def assemble(
     by_predictor = {name: [job for job in jobs if job.predictor == name] for name in names}
     predictors = [one_predictor(name, by_predictor[name], jobs, data, out) for name in names]
     topology = data.topology
+    done = next((job for job, result in jobs.items() if result.status == "ok"), None)
+    tally = load_tally(done, out, "test") if done else None
     return Results(
         made=made,
         trace=trace_facts(data.trace),
@@ -92,9 +99,17 @@ def assemble(
             budgets=budgets_of(topology.top_k, topology.experts),
             seeds=tuple(seeds),
             bootstrap_draws=BOOTSTRAP_DRAWS,
+            cache_experts=data.cache_experts,
         ),
+        test_documents=documents_of(tally, [document.doc_id for document in data.trace.documents])
+        if tally
+        else TestDocuments(),
+        cold_share=cold_share(tally, data.horizons) if tally else {},
         predictors=tuple(with_lift(predictors, by_predictor, jobs, data, out)),
-        controls=(*controls_of(data), *chance_control(predictors, data)),
+        controls=(
+            *controls_of(data, trained_predictors(by_predictor, jobs, data, out)),
+            *chance_control(predictors, data),
+        ),
         control_trace=control[0] if control else None,
         untrained=control[1] if control else {},
         journey=journey_of(by_predictor, jobs, data, out, tokens_of),
@@ -105,7 +120,7 @@ def one_predictor(
     name: str, own: list[Job], jobs: dict[Job, SeedResult], data: SuiteData, out: Path
 ) -> PredictorResult:
     """All numbers of one predictor, except those relative to others."""
-    kind = PREDICTORS[name]
+    kind = data.kind(name)
     recipe = kind.recipe
     facts: dict[str, Any] = {
         "name": name,
@@ -115,6 +130,7 @@ def one_predictor(
         "source": recipe.source,
         "learned": recipe.epochs > 0,
         "parameters": parameter_count(kind(data.topology, data.horizons)),
+        "recipe": dict(data.recipes.get(name, {})),
     }
     lacks = data.lacks(kind)
     if lacks:
@@ -134,16 +150,22 @@ def one_predictor(
         scores=scores,
         per_layer=recall_by_layer(tallies),
         per_domain=per_domain(tallies, data),
-        per_phase={
-            phase.name.lower(): values
-            for phase in Phase
-            if (values := by_horizon(Ratios.of(tallies, "recall@K", phase=int(phase)), data.horizons))
-        },
+        per_phase=per_phase(tallies, data),
         held_out_domain=by_horizon(Ratios.of(held_out, "recall@K"), data.horizons) if held_out else {},
         calibration=reliability(tallies, data.horizons),
-        document_recall=recall_by_document(tallies),
+        document_sums=sums_by_document(tallies, MAIN_METRICS),
         latency=measure_latency(load_predictor(finished[0], out, data), data.journey[1]),
     )
+
+
+def trained_predictors(
+    by_predictor: dict[str, list[Job]], jobs: dict[Job, SeedResult], data: SuiteData, out: Path
+) -> Iterator[tuple[str, Predictor]]:
+    """Each predictor that finished, with the weights of its first seed; one at a time, as some are large."""
+    for name, own in by_predictor.items():
+        finished = [job for job in own if jobs[job].status == "ok"]
+        if finished:
+            yield name, load_predictor(finished[0], out, data)
 
 
 def tallies_of(jobs: Sequence[Job], out: Path, part: str) -> list[Tally]:
@@ -151,15 +173,30 @@ def tallies_of(jobs: Sequence[Job], out: Path, part: str) -> list[Tally]:
     return [tally for job in jobs if (tally := load_tally(job, out, part)) is not None]
 
 
-def per_domain(tallies: Sequence[Tally], data: SuiteData) -> dict[str, ByHorizon]:
-    """recall@K by domain of the test documents."""
-    domains = [data.trace.documents[index].domain for index in tallies[0].documents.tolist()]
+def per_domain(tallies: Sequence[Tally], data: SuiteData) -> dict[str, dict[str, ByHorizon]]:
+    """The main metrics by domain of the test documents: domain → metric → horizon. Empty where there is one domain."""
+    domains = [data.trace.documents[int(index)].domain for index in tallies[0].documents]
+    if len(set(domains)) < 2:
+        return {}
     return {
-        domain: by_horizon(
-            Ratios.of(tallies, "recall@K", torch.tensor([name == domain for name in domains])), data.horizons
-        )
+        domain: main_scores(tallies, data, documents=torch.tensor([name == domain for name in domains]))
         for domain in sorted(set(domains))
     }
+
+
+def per_phase(tallies: Sequence[Tally], data: SuiteData) -> dict[str, dict[str, ByHorizon]]:
+    """The main metrics by phase: ``prefill`` or ``decode`` → metric → horizon. Empty where there is one phase."""
+    phases = [phase for phase in Phase if tallies[0].events[:, int(phase)].any()]
+    if len(phases) < 2:
+        return {}
+    return {phase.name.lower(): main_scores(tallies, data, phase=int(phase)) for phase in phases}
+
+
+def main_scores(
+    tallies: Sequence[Tally], data: SuiteData, documents: Tensor | None = None, phase: int | None = None
+) -> dict[str, ByHorizon]:
+    """The main metrics over some documents or one phase."""
+    return {metric: by_horizon(Ratios.of(tallies, metric, documents, phase), data.horizons) for metric in MAIN_METRICS}
 
 
 def with_lift(

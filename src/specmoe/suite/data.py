@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specmoe.dataset import PARTS, Split, Window, Windows, split_documents
+from specmoe.dataset import PARTS, Split, Window, Windows
 from specmoe.errors import SpecmoeError
 from specmoe.predictors.base import Knowledge, Predictor
+from specmoe.predictors.recipes import Recipes, kind_of
+from specmoe.residency import Residency, cache_size, replay
+from specmoe.suite.cut import Cut, cut_documents
 from specmoe.topology import Topology
 from specmoe.trace import Trace
 
 __all__ = ["SuiteData", "trace_fingerprint"]
 
+# The parts of which every number is kept; of the others recall@K is enough.
+REPORTED = ("test", "held_out_domain")
 TRAINING_LENGTH = 16
 EVALUATION_LENGTH = 512
 EVALUATION_CONTEXT = 64
@@ -26,6 +31,7 @@ EVALUATION_CONTEXT = 64
 _TRAINING_SAMPLE_TOKENS = 6000
 _JOURNEY_TOKENS = 40
 _PREPARATION_WINDOWS = 64
+_PROTOCOL = Cut()
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class SuiteData:
     Attributes:
         trace: it. split: by document. train: short windows to learn from. validation: whole documents.
         horizons: that are predicted.
+        recipes: what some predictors' recipes are changed to; the same for all runs of a suite.
+        cut: how the parts were drawn.
+        cache_experts: experts a layer in the cache that cold-miss recall supposes.
     """
 
     trace: Trace
@@ -42,16 +51,29 @@ class SuiteData:
     train: Windows
     validation: Windows
     horizons: tuple[int, ...]
+    recipes: Recipes = field(default_factory=dict)
+    cut: Cut = field(default_factory=Cut)
+    cache_experts: int = 0
+    _training: dict[int, Windows] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, path: Path, horizons: tuple[int, ...], split_seed: int = 0) -> SuiteData:
-        """Open a trace, split it, and read what training needs.
+    def load(
+        cls,
+        path: Path,
+        horizons: tuple[int, ...],
+        cut: Cut = _PROTOCOL,
+        recipes: Recipes | None = None,
+        cache_experts: int | None = None,
+    ) -> SuiteData:
+        """Open a trace, cut it, and read what training needs.
 
         Raises:
-            SpecmoeError: too few documents, a damaged trace, or documents too short for the horizons.
+            SpecmoeError: too few documents, a damaged trace, documents too short for the horizons, or a cache that
+                does not suit the model.
         """
         trace = Trace.open(path)
-        split = split_documents(trace.documents, split_seed)
+        cached = cache_size(trace.topology, cache_experts)
+        split = cut_documents(trace.documents, cut)
         longest = max(document.tokens for document in trace.documents)
         if max(horizons) >= trace.topology.layers * longest:
             raise SpecmoeError(
@@ -59,12 +81,25 @@ class SuiteData:
                 f"({longest} tokens × {trace.topology.layers} layers); use smaller --horizons"
             )
         train = Windows(trace, split.parts["train"], length=TRAINING_LENGTH)
-        return cls(trace, split, train, _whole(trace, split.parts["validation"]), horizons)
+        return cls(trace, split, train, _whole(trace, split.parts["validation"]), horizons, recipes or {}, cut, cached)
 
     @property
     def topology(self) -> Topology:
         """The model's shape."""
         return self.trace.topology
+
+    def kind(self, name: str) -> type[Predictor]:
+        """The predictor of a name, under the recipe it has in this suite."""
+        return kind_of(name, self.recipes)
+
+    def training(self, kind: type[Predictor]) -> Windows:
+        """The training part in windows of the length that a predictor's recipe asks for."""
+        length = kind.recipe.window
+        if length == self.train.length:
+            return self.train
+        if length not in self._training:
+            self._training[length] = Windows(self.trace, self.split.parts["train"], length=length)
+        return self._training[length]
 
     @cached_property
     def knowledge(self) -> Knowledge:
@@ -74,7 +109,7 @@ class SuiteData:
             return self.train.batches(_PREPARATION_WINDOWS)
 
         routers = self.trace.routers()
-        return Knowledge(windows, *(routers or (None, None)))
+        return Knowledge(windows, *(routers or (None, None)), self.trace.unembedding())
 
     @cached_property
     def evaluated(self) -> dict[str, Windows]:
@@ -89,6 +124,15 @@ class SuiteData:
         if self.split.parts["held_out_domain"]:
             parts["held_out_domain"] = _whole(self.trace, self.split.parts["held_out_domain"])
         return {name: parts[name] for name in PARTS if name in parts}
+
+    @cached_property
+    def residency(self) -> dict[str, Residency]:
+        """What the stated cache lacks at each event of the reported parts: part name → replay."""
+        return {
+            name: replay(windows, self.horizons, self.cache_experts)
+            for name, windows in self.evaluated.items()
+            if name in REPORTED
+        }
 
     @cached_property
     def available(self) -> frozenset[str]:
@@ -113,7 +157,8 @@ class SuiteData:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the result of a run depends on besides its predictor and seed."""
-        parts = (trace_fingerprint(self.trace), self.split.hash, self.horizons, TRAINING_LENGTH, torch.__version__)
+        measured = (self.horizons, TRAINING_LENGTH, self.cache_experts)
+        parts = (trace_fingerprint(self.trace), self.split.hash, measured, torch.__version__)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -141,4 +186,26 @@ def with_shuffled_hidden(windows: Windows, seed: int = 0) -> Windows:
     order = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed))
     hidden[valid] = hidden[valid[order]]
     shuffled.hidden = hidden.view(windows.hidden.shape)
+    return shuffled
+
+
+def with_shuffled_routing(windows: Windows, seed: int = 0, tokens: int = 1 << 62) -> Windows:
+    """The same windows whose routing, layer by layer, belongs to other tokens: ids and earlier layers say nothing.
+
+    tokens: evenly spaced windows of about so many tokens are kept.
+    """
+    count = max(1, min(len(windows), tokens * len(windows) // max(1, windows.tokens)))
+    rows = torch.linspace(0, len(windows) - 1, count).long()
+    shuffled = object.__new__(Windows)
+    kept = {n: v[rows] if isinstance(v, Tensor) else v for n, v in vars(windows).items()}
+    valid = kept["valid"].flatten().nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(valid), generator=generator) for _ in range(windows.topology.layers)]
+    for name in ("expert_ids", "routed", "router", "gates"):
+        if kept[name] is not None:
+            flat = kept[name].flatten(0, 1)
+            for layer, order in enumerate(orders):
+                flat[valid, layer] = flat[valid[order], layer]
+            kept[name] = flat.view(kept[name].shape)
+    vars(shuffled).update(kept)
     return shuffled

@@ -6,30 +6,28 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specmoe.calibration import Calibration, fit_calibration
 from specmoe.checkpoint import load_checkpoint
 from specmoe.errors import SpecmoeError
-from specmoe.evaluation import Tally, evaluate, inclusion_scale
+from specmoe.evaluation import Tally, evaluate
 from specmoe.files import atomic_path, read_json, write_json
 from specmoe.metrics import budgets_of
 from specmoe.predictors.base import Predictor, parameter_count
-from specmoe.predictors.registry import PREDICTORS
+from specmoe.predictors.recipes import CHANGEABLE, kind_of, values_of
 from specmoe.results import METRIC_VERSION, Epoch, SeedResult
-from specmoe.suite.data import SuiteData
+from specmoe.suite.data import REPORTED, SuiteData
 from specmoe.training import EpochReport, TrainingFailed, fit
 
-__all__ = ["Job", "finished", "job_fingerprint", "load_predictor", "load_tally", "run_job"]
-
-
-# The parts of which every number is kept; of the others recall@K is enough.
-_REPORTED = ("test", "held_out_domain")
+__all__ = ["Job", "finished", "job_fingerprint", "load_calibration", "load_predictor", "load_tally", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class Job:
         return out / "jobs" / f"{self.predictor}-seed{self.seed}"
 
 
-def job_fingerprint(job: Job, data_fingerprint: str) -> str:
-    """Hash of everything a job's result depends on."""
-    recipe = repr(asdict(PREDICTORS[job.predictor].recipe) | {"needs": None})
-    parts = (job.predictor, job.seed, recipe, data_fingerprint, METRIC_VERSION)
+def job_fingerprint(job: Job, data: SuiteData) -> str:
+    """Hash of everything a job's result depends on, its recipe among it."""
+    recipe = sorted(values_of(data.kind(job.predictor).recipe).items())
+    parts = (job.predictor, job.seed, recipe, data.fingerprint, METRIC_VERSION)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -81,18 +79,18 @@ def run_job(
     Raises:
         SpecmoeError: the disk is full, or the trace is damaged.
     """
-    folder, fingerprint = job.folder(out), job_fingerprint(job, data.fingerprint)
+    folder, fingerprint = job.folder(out), job_fingerprint(job, data)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"checkpoint-{fingerprint}.safetensors"
     for stale in folder.glob("checkpoint-*.safetensors"):
         if stale != checkpoint or not _is_readable(stale):
             stale.unlink()
     torch.manual_seed(job.seed)
-    predictor = PREDICTORS[job.predictor](data.topology, data.horizons)
+    predictor = data.kind(job.predictor)(data.topology, data.horizons)
     try:
         fitted = fit(
             predictor,
-            data.train,
+            data.training(type(predictor)),
             data.validation,
             data.knowledge,
             seed=job.seed,
@@ -106,9 +104,16 @@ def run_job(
         checkpoint.unlink(missing_ok=True)
         return result
 
-    scale = inclusion_scale(predictor, data.validation, device)
+    calibration = fit_calibration(predictor, data.validation, device)
     tallies = {
-        part: evaluate(predictor, windows, device, scale=scale, only_recall=part not in _REPORTED)
+        part: evaluate(
+            predictor,
+            windows,
+            device,
+            calibration=calibration,
+            residency=data.residency.get(part),
+            only_recall=part not in REPORTED,
+        )
         for part, windows in data.evaluated.items()
     }
     recall = {
@@ -119,10 +124,10 @@ def run_job(
         }
         for part, tally in tallies.items()
     }
-    save_predictor(predictor, folder / "model.safetensors", scale)
+    save_predictor(predictor, folder / "model.safetensors", calibration)
     kept = {
         f"{part} {name}": tensor
-        for part in _REPORTED
+        for part in REPORTED
         if part in tallies
         for name, tensor in tallies[part].tensors().items()
     }
@@ -150,25 +155,42 @@ def foreseen(predictor: Predictor, data: SuiteData, device: str) -> Tensor:
     return logits.topk(budgets_of(data.topology.top_k, data.topology.experts)["K"], -1).indices.short().cpu()
 
 
-def save_predictor(predictor: Predictor, path: Path, scale: float) -> None:
+def save_predictor(predictor: Predictor, path: Path, calibration: Calibration) -> None:
     """Write a predictor's weights with what is needed to build it again and to read its logits."""
     facts = {
         "predictor": type(predictor).__name__,
         "topology": predictor.topology.model_dump_json(),
         "horizons": json.dumps(predictor.horizons),
         "parameters": str(parameter_count(predictor)),
-        "inclusion_scale": repr(scale),
+        "calibration": calibration.to_json(),
     }
+    if predictor.recipe.epochs > 0:
+        facts["recipe"] = json.dumps(values_of(predictor.recipe))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in predictor.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(tensors, str(temporary), metadata=facts)
 
 
 def load_predictor(job: Job, out: Path, data: SuiteData) -> Predictor:
-    """The trained predictor of a finished job."""
-    predictor = PREDICTORS[job.predictor](data.topology, data.horizons)
-    predictor.load_state_dict(load_file(str(job.folder(out) / "model.safetensors")))
+    """The trained predictor of a finished job, built by the recipe that lies with its weights."""
+    path = job.folder(out) / "model.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        recipe = json.loads((file.metadata() or {}).get("recipe", "{}"))
+    # A field that later versions no longer know cannot have shaped the module that this version builds.
+    recipe = {name: value for name, value in recipe.items() if name in CHANGEABLE}
+    predictor = kind_of(job.predictor, {job.predictor: recipe})(data.topology, data.horizons)
+    predictor.load_state_dict(load_file(str(path)))
     return predictor.eval()
+
+
+def load_calibration(path: Path) -> Calibration:
+    """How to read the logits of a predictor saved by :func:`save_predictor`.
+
+    Raises:
+        SpecmoeError: the file holds none.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        return Calibration.from_json((file.metadata() or {}).get("calibration", ""))
 
 
 def load_tally(job: Job, out: Path, part: str) -> Tally | None:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError
-from specmoe.predictors.registry import PREDICTORS
+from specmoe.predictors.recipes import Recipes
 from specmoe.results import SeedResult
+from specmoe.suite.cut import Cut
 from specmoe.suite.data import SuiteData
 from specmoe.suite.jobs import Job, finished, job_fingerprint, run_job
 from specmoe.training import EpochReport
@@ -41,18 +42,19 @@ def jobs_of(names: Sequence[str], seeds: Sequence[int], data: SuiteData) -> list
     """The jobs of a suite, costly ones first; predictors without trained parameters run once."""
     jobs = []
     for name in names:
-        if not data.lacks(PREDICTORS[name]):
-            learned = PREDICTORS[name].recipe.epochs > 0
+        kind = data.kind(name)
+        if not data.lacks(kind):
+            learned = kind.recipe.epochs > 0
             jobs += [Job(name, seed) for seed in (seeds if learned else seeds[:1])]
     return sorted(jobs, key=lambda job: -cost(job, data))
 
 
 def cost(job: Job, data: SuiteData) -> float:
     """A rough measure of a job's work, for ordering and for the time left."""
-    recipe = PREDICTORS[job.predictor].recipe
+    kind = data.kind(job.predictor)
     with torch.device("meta"):
-        size = sum(p.numel() for p in PREDICTORS[job.predictor](data.topology, data.horizons).parameters())
-    return (recipe.epochs + 0.3) * (size + 60_000)
+        size = sum(p.numel() for p in kind(data.topology, data.horizons).parameters())
+    return (kind.recipe.epochs + 0.3) * (size + 60_000)
 
 
 def run_jobs(
@@ -74,7 +76,7 @@ def run_jobs(
     results: dict[Job, SeedResult] = {}
     waiting = []
     for job in jobs:
-        done = finished(job, out, job_fingerprint(job, data.fingerprint))
+        done = finished(job, out, job_fingerprint(job, data))
         if done is None:
             waiting.append(job)
         else:
@@ -119,7 +121,7 @@ def _in_workers(
 ) -> _Runner:
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
-    arguments = (trace, data.horizons, data.split.seed, out, device, news)
+    arguments = (trace, data.horizons, data.cut, data.recipes, data.cache_experts, out, device, news)
     # Passive waiting: a spinning OpenMP thread would take the core from the other worker.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker, initargs=arguments)
@@ -156,15 +158,24 @@ def _pass_on(news: Any, on_event: Callable[[JobEvent], None]) -> None:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(trace: Path, horizons: tuple[int, ...], split_seed: int, out: Path, device: str, news: Any) -> None:
+def _start_worker(
+    trace: Path,
+    horizons: tuple[int, ...],
+    cut: Cut,
+    recipes: Recipes,
+    cache_experts: int,
+    out: Path,
+    device: str,
+    news: Any,
+) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
-    _worker.update(data=SuiteData.load(trace, horizons, split_seed), out=out, device=device, news=news)
+    _worker.update(data=SuiteData.load(trace, horizons, cut, recipes, cache_experts), out=out, device=device, news=news)
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
     """End this process when its parent is gone: one that was killed could not end its workers."""
     while os.getppid() == parent:
         time.sleep(0.5)

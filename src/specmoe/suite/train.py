@@ -10,6 +10,7 @@ from pathlib import Path
 
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import Ratios, by_horizon, evaluate
+from specmoe.predictors.recipes import Recipes
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import ByHorizon, Results, TraceFacts
 from specmoe.suite.assemble import assemble, made_now, trace_facts
@@ -22,10 +23,11 @@ __all__ = ["Plan", "train_suite", "untrained_recall"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to be run: the jobs, the work each stands for, and why others are left out."""
+    """What is about to be run: the jobs, the work and the epochs (at most) of each, and why others are left out."""
 
     jobs: tuple[Job, ...]
     work: dict[Job, float]
+    epochs: dict[Job, int]
     skipped: dict[str, str]
 
 
@@ -36,6 +38,8 @@ def train_suite(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     horizons: tuple[int, ...] = (1, 2, 3, 4),
+    recipes: Recipes | None = None,
+    cache_experts: int | None = None,
     control: Path | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -50,6 +54,8 @@ def train_suite(
 
     Args:
         trace: directory of the trace. control: the trace of an untrained model, or None.
+        recipes: by predictor, what its recipe is changed to.
+        cache_experts: experts a layer in the cache of cold-miss recall; None for a quarter, at least K.
         names: predictors of the registry. seeds: one run each for what is trained.
         workers: processes; None for one a core (one in all on a GPU).
         token_texts: token ids to texts, for showing; None if no tokenizer is at hand.
@@ -59,12 +65,13 @@ def train_suite(
     """
     started = time.monotonic()
     on_stage("reading the trace")
-    data = SuiteData.load(trace, horizons)
+    data = SuiteData.load(trace, horizons, recipes=recipes, cache_experts=cache_experts)
     jobs = jobs_of(names, seeds, data)
     skipped = {name: reason for name in names if (reason := data.lacks(PREDICTORS[name]))}
     if not jobs:
         raise SpecmoeError(f"no predictor can run: {'; '.join(f'{n}: {reason}' for n, reason in skipped.items())}")
-    on_plan(Plan(tuple(jobs), {job: cost(job, data) for job in jobs}, skipped))
+    epochs = {job: data.kind(job.predictor).recipe.epochs for job in jobs}
+    on_plan(Plan(tuple(jobs), {job: cost(job, data) for job in jobs}, epochs, skipped))
     if workers is None:
         workers = 1 if device.startswith("cuda") else os.cpu_count() or 1
     results = run_jobs(jobs, trace, data, out, workers=workers, device=device, on_event=on_event)

@@ -149,21 +149,37 @@ class Trace:
         Raises:
             SpecmoeError: the file is damaged or has other shapes than the topology says.
         """
+        tensors = self._router_file()
+        if tensors is None:
+            return None
+        layers, experts, width = self.topology.layers, self.topology.router_classes, self.topology.hidden_size
+        bias = tensors.get("bias", torch.zeros(layers, experts))
+        weight = tensors.get("weight")
+        if weight is None or weight.shape != (layers, experts, width) or bias.shape != (layers, experts):
+            raise SpecmoeError(f"{self.directory / ROUTERS_NAME} does not fit the trace's topology; capture again")
+        return weight.float(), bias.float()
+
+    def unembedding(self) -> Tensor | None:
+        """The model's output embedding [V, D] as float32, None if it was not kept.
+
+        Raises:
+            SpecmoeError: the file is damaged or is of another width than the topology says.
+        """
+        kept = (self._router_file() or {}).get("unembedding")
+        if kept is not None and (kept.ndim != 2 or kept.shape[1] != self.topology.hidden_size):
+            raise SpecmoeError(f"{self.directory / ROUTERS_NAME} does not fit the trace's topology; capture again")
+        return None if kept is None else kept.float()
+
+    def _router_file(self) -> dict[str, Tensor] | None:
         if self.manifest.routers_sha256 is None:
             return None
         path = self.directory / ROUTERS_NAME
         try:
             if sha256_file(path) != self.manifest.routers_sha256:
                 raise SpecmoeError(f"{path} is damaged: its SHA-256 is not the manifest's; capture again")
-            tensors = load_file(str(path))
+            return load_file(str(path))
         except (SafetensorError, OSError) as error:
             raise SpecmoeError(f"{path} cannot be read: {error}") from error
-        layers, experts, width = self.topology.layers, self.topology.router_classes, self.topology.hidden_size
-        bias = tensors.get("bias", torch.zeros(layers, experts))
-        weight = tensors.get("weight")
-        if weight is None or weight.shape != (layers, experts, width) or bias.shape != (layers, experts):
-            raise SpecmoeError(f"{path} does not fit the trace's topology; capture again")
-        return weight.float(), bias.float()
 
     def verify(self) -> None:
         """Read the whole trace and compare everything with its checksums.

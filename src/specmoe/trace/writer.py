@@ -206,15 +206,20 @@ class TraceWriter:
         self._pending = []
         self._update(shards=(*self.manifest.shards, shard))
 
-    def keep_routers(self, weight_LED: Tensor, bias_LE: Tensor | None = None) -> None:
+    def keep_routers(
+        self, weight_LED: Tensor, bias_LE: Tensor | None = None, unembedding_VD: Tensor | None = None
+    ) -> None:
         """Keep the routers' own weights beside the trace, for predictors that start from them.
 
         Args:
             weight_LED: [L, E, D]. bias_LE: [L, E] or None.
+            unembedding_VD: the model's output embedding [V, D] or None; kept as float16.
         """
         tensors = {"weight": weight_LED.detach().float().cpu().contiguous()}
         if bias_LE is not None:
             tensors["bias"] = bias_LE.detach().float().cpu().contiguous()
+        if unembedding_VD is not None:
+            tensors["unembedding"] = unembedding_VD.detach().half().cpu().contiguous()
         with atomic_path(self.directory / ROUTERS_NAME) as temporary:
             save_file(tensors, str(temporary))
             digest = sha256_file(temporary)
