@@ -20,6 +20,8 @@ from specmoe.predictors.previous_token import PreviousToken
 from specmoe.predictors.random_guess import RandomGuess
 from specmoe.predictors.regularized import RegularizedSpeculationModel
 from specmoe.predictors.ridge import Ridge
+from specmoe.predictors.route_history import RouteHistoryPredictor
+from specmoe.predictors.router_residual import RouterResidualPredictor
 from specmoe.predictors.sequence_match import SequenceMatch
 from specmoe.predictors.small import SmallSpeculationModel
 from specmoe.predictors.tiny import TinySpeculationModel
@@ -41,6 +43,8 @@ PREDICTORS: dict[str, type[Predictor]] = {
         TinySpeculationModel,
         SmallSpeculationModel,
         RegularizedSpeculationModel,
+        RouteHistoryPredictor,
+        RouterResidualPredictor,
         RandomGuess,
         LayerFrequency,
         PreviousToken,
