@@ -21,7 +21,17 @@ from specmoe.errors import SpecmoeError
 from specmoe.topology import Topology
 from specmoe.trace import DocumentRecord, Trace
 
-__all__ = ["PARTS", "Split", "Targets", "Window", "Windows", "sharpen", "split_documents", "targets_of"]
+__all__ = [
+    "PARTS",
+    "Split",
+    "Targets",
+    "Window",
+    "Windows",
+    "sharpen",
+    "split_documents",
+    "targets_of",
+    "tokens_at_once",
+]
 
 PARTS = ("train", "validation", "test", "held_out_domain")
 _FRACTIONS = {"train": 0.525, "validation": 0.175, "test": 0.3}
@@ -201,6 +211,18 @@ def ahead(values_BTLX: Tensor, horizons: Sequence[int]) -> Tensor:
 def sharpen(distribution: Tensor, temperature: float) -> Tensor:
     """A distribution [..., E] at another temperature: below 1 sharper, above 1 flatter."""
     return (distribution.clamp_min(1e-9).log() / temperature).softmax(-1)
+
+
+# Larger tensors would come from the operating system anew each time: on 26 layers x 64 experts, evaluation took 1.5
+# to 1.7 times as long with 7 million logits at once.
+_CPU_LOGITS = 1 << 20
+_GPU_LOGITS = 1 << 24
+
+
+def tokens_at_once(topology: Topology, horizons: int, device: str = "cpu") -> int:
+    """How many tokens to score in one batch, so that their logits stay in fast memory; at least one."""
+    logits_per_token = topology.layers * horizons * topology.experts
+    return max(1, (_GPU_LOGITS if device.startswith("cuda") else _CPU_LOGITS) // logits_per_token)
 
 
 class Windows:

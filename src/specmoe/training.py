@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
-from specmoe.dataset import Window, Windows, ahead, known_ahead, sharpen, targets_of
+from specmoe.dataset import Window, Windows, ahead, known_ahead, sharpen, targets_of, tokens_at_once
 from specmoe.errors import SpecmoeError
 from specmoe.metrics import ranks
 from specmoe.predictors.base import Knowledge, Predictor, Recipe
@@ -92,6 +93,7 @@ def fit(
         predictor.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     temperature = train.router_temperature(recipe.sharpness) if recipe.soft_targets and train.soft else None
+    membership = predictor.topology.top_k if recipe.objective == "membership" else None
     steps_per_epoch = math.ceil(len(train) / recipe.batch_windows)
     scheduler = build_scheduler(optimizer, recipe, steps_per_epoch)
     best_loss, best_state, elapsed = math.inf, copy.deepcopy(predictor.state_dict()), 0.0
@@ -114,7 +116,7 @@ def fit(
             target, known = training_target(window, predictor.horizons, recipe, temperature)
             if teacher is not None:
                 target = torch.lerp(target, teacher(window), TEACHER_SHARE)
-            loss, count = loss_of(predictor(window), target, known, temperature)
+            loss, count = loss_of(predictor(window), target, known, temperature, membership)
             besides = predictor.auxiliary_loss(window)
             (loss if besides is None else loss + besides).backward()
             norm = nn.utils.clip_grad_norm_(predictor.parameters(), recipe.clip)
@@ -196,11 +198,17 @@ def training_target(
 
 
 def loss_of(
-    logits_BTSHE: Tensor, target_BTSHE: Tensor, known_BTSH: Tensor, temperature: float | None
+    logits_BTSHE: Tensor,
+    target_BTSHE: Tensor,
+    known_BTSH: Tensor,
+    temperature: float | None,
+    membership: int | None = None,
 ) -> tuple[Tensor, int]:
     """Cross-entropy to the target distribution, in nats, averaged over the known events and horizons.
 
     Args:
+        membership: K, if each expert's membership among the K is to be learned by itself: binary cross-entropy to K
+            times the target distribution, over K; None for the distribution as a whole.
         temperature: of the target, None for hard targets. It is applied to the prediction too, so that the
             prediction at temperature 1 estimates the router's distribution.
 
@@ -209,7 +217,11 @@ def loss_of(
     """
     logits = logits_BTSHE / (temperature or 1.0)
     # As the target sums to 1, this is -Σ target log_softmax(logits) without the tensor of log-probabilities.
-    losses = logits.logsumexp(-1) - (target_BTSHE * logits).sum(-1)
+    if membership is None:
+        losses = logits.logsumexp(-1) - (target_BTSHE * logits).sum(-1)
+    else:
+        among_BTSHE = (membership * target_BTSHE).clamp_max(1.0)
+        losses = (F.softplus(logits) - among_BTSHE * logits).sum(-1) / membership
     count = int(known_BTSH.sum())
     return (losses * known_BTSH).sum() / max(1, count), count
 
@@ -221,12 +233,13 @@ def validate(
     """Loss and recall@K over ``windows``."""
     predictor.eval()
     total, hits, needed, events = 0.0, 0, 0, 0
-    for window in windows.batches(max(1, 4096 // (windows.length + windows.context))):
+    membership = predictor.topology.top_k if recipe.objective == "membership" else None
+    for _, window in windows.by_length(tokens_at_once(predictor.topology, len(predictor.horizons), device)):
         moved = window.to(device)
         targets = targets_of(moved, predictor.horizons)
         logits = predictor(moved)
         target, known = training_target(moved, predictor.horizons, recipe, temperature)
-        loss, count = loss_of(logits, target, known, temperature)
+        loss, count = loss_of(logits, target, known, temperature, membership)
         wanted = (targets.expert_ids_BTSHK >= 0) & targets.known_BTSH[..., None]
         found = (ranks(logits, targets.expert_ids_BTSHK) < predictor.topology.top_k) & wanted
         total, events = total + loss.item() * count, events + count

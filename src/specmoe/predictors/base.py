@@ -28,6 +28,7 @@ __all__ = ["Knowledge", "Observation", "Predictor", "Recipe", "State", "paramete
 Category = Literal["attention-based", "ensemble", "multi-scale", "edge", "training-free"]
 Sees = Literal["nothing", "routing", "token", "hidden", "context"]
 Scheduler = Literal["cosine", "plateau"]
+Objective = Literal["distribution", "membership"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Recipe:
         learning_rate: of AdamW. epochs: at most. batch_windows: windows a step. window: tokens in a training
             window; what lies before it is not seen in training.
         scheduler: ``cosine`` (over all epochs) or ``plateau`` (halved when validation stalls).
+        objective: ``distribution`` (cross-entropy to the target distribution) or ``membership`` (is an expert among the
+            K, each by itself: binary cross-entropy; logits are then log-odds).
         label_smoothing: share of a hard target spread evenly over the experts.
         soft_targets: aim at the router's own distribution where the trace has it. sharpness: the temperature
             of that distribution is chosen for this sharpness (see ``Windows.router_temperature``).
@@ -62,6 +65,7 @@ class Recipe:
     batch_windows: int = 32
     window: int = 16
     scheduler: Scheduler = "plateau"
+    objective: Objective = "distribution"
     label_smoothing: float = 0.1
     soft_targets: bool = True
     sharpness: float = 0.66

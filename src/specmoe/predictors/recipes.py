@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, get_args
 
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import read_json
-from specmoe.predictors.base import Predictor, Recipe, Scheduler
+from specmoe.predictors.base import Objective, Predictor, Recipe, Scheduler
 from specmoe.predictors.registry import PREDICTORS
 
 __all__ = ["CHANGEABLE", "Recipes", "kind_of", "load_recipes", "merged", "values_of", "with_recipe"]
@@ -26,6 +26,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "learning_rate": (0.0, 10.0, "(]"),
     "epochs": (1, 100_000, "[]"),
     "batch_windows": (1, 1_000_000, "[]"),
+    "window": (2, 1_000_000, "[]"),
     "label_smoothing": (0.0, 1.0, "[)"),
     "sharpness": (0.0, 1.0, "()"),
     "patience": (1, 100_000, "[]"),
@@ -35,8 +36,12 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "width": (0.0, 64.0, "(]"),
     "dropout": (0.0, 1.0, "[)"),
 }
-_WHOLE = frozenset({"epochs", "batch_windows", "patience"})
-_NAMED: dict[str, tuple[Any, ...]] = {"scheduler": get_args(Scheduler), "soft_targets": (True, False)}
+_WHOLE = frozenset({"epochs", "batch_windows", "window", "patience"})
+_NAMED: dict[str, tuple[Any, ...]] = {
+    "scheduler": get_args(Scheduler),
+    "objective": get_args(Objective),
+    "soft_targets": (True, False),
+}
 
 CHANGEABLE: tuple[str, ...] = (*_BOUNDS, *_NAMED)
 

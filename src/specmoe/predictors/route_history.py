@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from specmoe.predictors._tables import layer_counts, target_layers
 from specmoe.predictors.base import Knowledge, Observation, Predictor, Recipe, State
 from specmoe.predictors.blocks import PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens, normalised
+from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
 from specmoe.predictors.vocabulary import Vocabulary, routing_components
 from specmoe.topology import Topology
 
@@ -20,13 +22,15 @@ __all__ = ["RouteHistoryPredictor"]
 
 _ROWS = 8192
 _EMBEDDING = 96
-_TOKEN = 96
-_LAYER = 48
+# Widths at 64 experts a layer; they grow with the square root of that number.
+_WIDTH = 256
+_TOKEN = 192
+_LAYER = 96
 _LAGS = 3
 # The previous token, the fading averages, and earlier occurrences of the same id.
 _CHANNELS = 2 + len(FADES)
 # An id that is hidden now and then teaches what to do with ids that training never saw.
-_HIDDEN_IDS = 0.1
+_HIDDEN_IDS = 0.05
 _BEHIND = 3
 
 
@@ -48,15 +52,16 @@ class RouteHistoryPredictor(Predictor):
         source="routing history as in Pre-gated MoE (Hwang et al., 2024) and MoE-Infinity (Xue et al., 2024), "
         "token ids as in OpenMoE (Xue et al., 2024), learned together",
         learning_rate=2e-3,
-        epochs=8,
-        batch_windows=16,
+        epochs=6,
+        batch_windows=4,
         window=64,
+        objective="membership",
         scheduler="cosine",
         warmup=0.05,
-        dropout=0.1,
         weight_decay=0.02,
         soft_targets=False,
         label_smoothing=0.0,
+        search=SHARED.but(width=WIDTH, dropout=DROPOUT, sharpness=None),
     )
     memory = None
 
@@ -65,17 +70,20 @@ class RouteHistoryPredictor(Predictor):
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
         layers, experts = topology.layers, topology.experts
-        self.width = max(16, 16 * round(12 * self.recipe.width))
+        factor = self.recipe.width * math.sqrt(experts / 64)
+        self.width, self.token_width, self.layer_width = (
+            max(16, 16 * round(width * factor / 16)) for width in (_WIDTH, _TOKEN, _LAYER)
+        )
         self.vocabulary = Vocabulary(_ROWS)
         self.embedding = nn.Embedding(_ROWS, _EMBEDDING)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.token_in = nn.Linear(_BEHIND * _EMBEDDING, _TOKEN)
-        self.token_mix = nn.Linear(_TOKEN, _TOKEN)
-        self.history = PerLayerLinear(layers, _CHANNELS * experts, _LAYER)
-        self.routes = PerLayerLinear(layers, experts, _LAYER)
-        self.sum_routes = nn.Parameter(torch.randn(layers, experts, _TOKEN) * 0.3)
-        self.from_token = PerLayerLinear(layers, _TOKEN + len(self.horizons) * _LAYER, self.width)
-        self.from_routes = PerLayerLinear(layers, _LAGS * _LAYER + _TOKEN, self.width)
+        self.token_in = nn.Linear(_BEHIND * _EMBEDDING, self.token_width)
+        self.token_mix = nn.Linear(self.token_width, self.token_width)
+        self.history = PerLayerLinear(layers, _CHANNELS * experts, self.layer_width)
+        self.routes = PerLayerLinear(layers, experts, self.layer_width)
+        self.sum_routes = nn.Parameter(torch.randn(layers, experts, self.token_width) * 0.3)
+        self.from_token = PerLayerLinear(layers, self.token_width + len(self.horizons) * self.layer_width, self.width)
+        self.from_routes = PerLayerLinear(layers, _LAGS * self.layer_width + self.token_width, self.width)
         self.norm_in, self.norm_out = nn.LayerNorm(self.width), nn.LayerNorm(self.width)
         self.mix_in = PerLayerLinear(layers, self.width, self.width)
         self.mix_out = PerLayerLinear(layers, self.width, self.width)
@@ -190,8 +198,8 @@ class RouteHistoryPredictor(Predictor):
         token = self._token(self.vocabulary(memory["ids"]))
         memory["known"] = self._known_before(token[None], self.history(channels[None]))[0]
         memory["routed"] = nothing
-        memory["recent"] = torch.zeros(layers + _LAGS - 1, _LAYER)
-        memory["total"] = torch.zeros(_TOKEN)
+        memory["recent"] = torch.zeros(layers + _LAGS - 1, self.layer_width)
+        memory["total"] = torch.zeros(self.token_width)
         memory["layer"] = torch.zeros((), dtype=torch.long)
 
 

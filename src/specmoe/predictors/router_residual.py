@@ -16,6 +16,7 @@ from specmoe.predictors._tables import grow_on_load, target_layers
 from specmoe.predictors.base import Knowledge, Observation, Predictor, Recipe, State
 from specmoe.predictors.blocks import PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens
+from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
 from specmoe.predictors.vocabulary import Vocabulary, routing_components
 from specmoe.topology import Topology
 
@@ -23,7 +24,7 @@ __all__ = ["RouterResidualPredictor"]
 
 # What the compression of router inputs may take of the two million parameters.
 _COMPRESSION = 1_050_000
-_LARGEST_RANK = 256
+_LARGEST_RANK = 192
 _ROWS = 2048
 _EMBEDDING = 48
 # Entries of the output embedding that the lens may read in one event: 2,048 rows at a width of 128.
@@ -66,6 +67,7 @@ class RouterResidualPredictor(Predictor):
         warmup=0.05,
         dropout=0.1,
         weight_decay=0.02,
+        search=SHARED.but(width=WIDTH, dropout=DROPOUT),
     )
     memory = None
 
