@@ -85,6 +85,20 @@ def test_step_agrees_with_forward(name: str) -> None:
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in PREDICTORS if prepared(name).compiled() is not None])
+def test_a_compiled_step_agrees_with_forward(name: str) -> None:
+    predictor, window = prepared(name), make_window(4, batch=1)
+    with torch.no_grad():
+        expected = predictor(window)[0].flatten(0, 1)
+    compiled = predictor.compiled()
+    assert compiled is not None
+    # Twice, as nothing of one sequence may be left over for the next.
+    for _ in range(2):
+        state = compiled.start()
+        stepped = [torch.from_numpy(compiled.step(state, observation)) for observation in observations_of(window)]
+        torch.testing.assert_close(torch.stack(stepped), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("width", [SMALL.hidden_size, 0])  # 0: the trace does not even say how wide they were
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if runs_without_hidden(name)])
 def test_step_agrees_with_forward_without_hidden_states(name: str, width: int) -> None:

@@ -106,6 +106,10 @@ def test_step_agrees_with_forward_through_the_lens() -> None:
     state = predictor.start()
     stepped = torch.stack([predictor.step(state, observation) for observation in observations_of(window)])
     torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)
+    compiled = predictor.compiled()
+    state = compiled.start()
+    fast = torch.stack([torch.from_numpy(compiled.step(state, each)) for each in observations_of(window)])
+    torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_lens_finds_the_next_token() -> None:

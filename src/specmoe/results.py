@@ -87,11 +87,16 @@ class CalibrationBin(_Model):
 
 
 class Latency(_Model):
-    """Time of one ``step`` at batch 1, eager PyTorch, one thread, in µs."""
+    """Time of one ``step`` at batch 1 on one thread, in µs.
+
+    Attributes:
+        compiled: whether it is the predictor's compiled form that was timed, else eager PyTorch.
+    """
 
     p50_us: float
     p99_us: float
     events: int
+    compiled: bool = False
 
 
 class PredictorResult(_Model):

@@ -12,9 +12,11 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from specmoe.dataset import Window, routed_of
@@ -23,7 +25,7 @@ from specmoe.predictors._linear import LinearProbe, fit_linear_probe
 from specmoe.predictors.search import SHARED, SearchSpace
 from specmoe.topology import Topology
 
-__all__ = ["Knowledge", "Observation", "Predictor", "Recipe", "State", "parameter_count"]
+__all__ = ["CompiledStep", "Knowledge", "Observation", "Predictor", "Recipe", "State", "parameter_count"]
 
 Category = Literal["attention-based", "ensemble", "multi-scale", "edge", "training-free"]
 Sees = Literal["nothing", "routing", "token", "hidden", "context"]
@@ -132,12 +134,25 @@ class State:
 
     Attributes:
         tokens: observations of the tokens that can matter. memory: tensors of its own making.
-        members: states of the predictors it is made of.
+        members: states of the predictors it is made of. views: arrays over some of ``memory``, for a compiled step.
     """
 
     tokens: list[list[Observation]] = field(default_factory=list)
     memory: dict[str, Tensor] = field(default_factory=dict)
     members: list[State] = field(default_factory=list)
+    views: tuple[Any, ...] = ()
+
+
+class CompiledStep(ABC):
+    """A predictor's ``step`` without PyTorch's overhead; weights are taken over once and not followed."""
+
+    @abstractmethod
+    def start(self) -> State:
+        """The state before the first token of a sequence."""
+
+    @abstractmethod
+    def step(self, state: State, observation: Observation) -> NDArray[np.float32]:
+        """Logits [H, E] of one event, as the predictor's own ``step`` gives them up to rounding."""
 
 
 class Predictor(nn.Module, ABC):
@@ -179,6 +194,10 @@ class Predictor(nn.Module, ABC):
     def auxiliary_loss(self, window: Window) -> Tensor | None:
         """What training adds to the loss besides the targets, for the window that ``forward`` saw last; or nothing."""
         del window
+        return None
+
+    def compiled(self) -> CompiledStep | None:
+        """Its fastest form for single events on a processor, None where there is no other than ``step``."""
         return None
 
     def start(self) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from specmoe.dataset import Window, routed_of
 from specmoe.predictors._tables import layer_counts, target_layers
-from specmoe.predictors.base import Knowledge, Observation, Predictor, Recipe, State
+from specmoe.predictors.base import CompiledStep, Knowledge, Observation, Predictor, Recipe, State
 from specmoe.predictors.blocks import PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens, normalised
 from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
@@ -64,6 +65,8 @@ class RouteHistoryPredictor(Predictor):
         search=SHARED.but(width=WIDTH, dropout=DROPOUT, sharpness=None),
     )
     memory = None
+    # Inputs that an ablation leaves out: "token", "earlier" (tokens before), "same" (of them, those with the same id).
+    without: ClassVar[frozenset[str]] = frozenset()
 
     frequency_LE: Tensor
 
@@ -137,6 +140,10 @@ class RouteHistoryPredictor(Predictor):
 
     def _known_before(self, token_NC: Tensor, history_NLC: Tensor) -> Tensor:
         """The share of the first layer's input that is known when a token begins: [N, S, width]."""
+        if "token" in self.without:
+            token_NC = torch.zeros_like(token_NC)
+        if "earlier" in self.without:
+            history_NLC = torch.zeros_like(history_NLC)
         at_targets = history_NLC[:, self.layer_SH].flatten(-2)
         token = token_NC[:, None].expand(-1, self.topology.layers, -1)
         return self.from_token(torch.cat([token, at_targets], -1))
@@ -159,6 +166,8 @@ class RouteHistoryPredictor(Predictor):
         ids, length = window.token_ids_BT, window.token_ids_BT.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril(-1)
         same = (ids[:, :, None] == ids[:, None]) & earlier & window.valid_BT[:, None]
+        if "same" in self.without:
+            same = torch.zeros_like(same)
         of_same = torch.bmm(normalised(same.float()), routed.flatten(2)).view_as(routed)
         previous = F.pad(routed, (0, 0, 0, 0, 1, 0))[:, :length]
         return torch.cat([previous, fading_averages(routed), of_same], -1)
@@ -172,7 +181,7 @@ class RouteHistoryPredictor(Predictor):
         """Logits [H, E] of one event; what only earlier tokens decide is worked out at a token's first event."""
         memory, layer = state.memory, observation.layer
         if "routed" not in memory or layer <= int(memory["layer"]):
-            self._begin_token(memory, observation.token_id)
+            self.begin_token(memory, observation.token_id)
         chosen = routed_of(observation.expert_ids, self.topology.experts)
         memory["routed"][layer] = chosen
         memory["layer"].fill_(layer)
@@ -183,7 +192,14 @@ class RouteHistoryPredictor(Predictor):
         logits = self._score(memory["known"][layer][None, None], routes[None, None], layer)
         return logits.view(len(self.horizons), self.topology.experts)
 
-    def _begin_token(self, memory: dict[str, Tensor], token_id: int) -> None:
+    def compiled(self) -> CompiledStep:
+        """One compiled call an event."""
+        from specmoe.predictors.compiled.route_history import CompiledRouteHistory
+
+        return CompiledRouteHistory(self)
+
+    def begin_token(self, memory: dict[str, Tensor], token_id: int) -> None:
+        """Work out what only earlier tokens decide, and take the token before into the history."""
         layers, experts = self.topology.layers, self.topology.experts
         nothing = torch.zeros(layers, experts)
         behind = torch.full((_BEHIND - 1,), -1)
@@ -193,7 +209,8 @@ class RouteHistoryPredictor(Predictor):
             memory[f"id {last}"] = memory.get(f"id {last}", nothing) + memory["routed"]
             memory[f"count {last}"] = memory.get(f"count {last}", torch.zeros(())) + 1
         memory["ids"] = torch.cat([torch.tensor([token_id]), behind])
-        same = memory.get(f"id {token_id}", nothing) / memory.get(f"count {token_id}", torch.ones(()))
+        same = nothing if "same" in self.without else memory.get(f"id {token_id}", nothing)
+        same = same / memory.get(f"count {token_id}", torch.ones(()))
         channels = torch.cat([memory.get("routed", nothing), averages_so_far(memory), same], -1)
         token = self._token(self.vocabulary(memory["ids"]))
         memory["known"] = self._known_before(token[None], self.history(channels[None]))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from specmoe.dataset import Window, routed_of
 from specmoe.errors import SpecmoeError
 from specmoe.predictors._linear import hidden_of
 from specmoe.predictors._tables import grow_on_load, target_layers
-from specmoe.predictors.base import Knowledge, Observation, Predictor, Recipe, State
+from specmoe.predictors.base import CompiledStep, Knowledge, Observation, Predictor, Recipe, State
 from specmoe.predictors.blocks import PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens
 from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
@@ -70,6 +71,8 @@ class RouterResidualPredictor(Predictor):
         search=SHARED.but(width=WIDTH, dropout=DROPOUT),
     )
     memory = None
+    # Inputs that an ablation leaves out: "token", "routing", "past" (earlier tokens' router inputs), "lens".
+    without: ClassVar[frozenset[str]] = frozenset()
 
     router_LED: Tensor
     router_bias_LE: Tensor
@@ -154,7 +157,7 @@ class RouterResidualPredictor(Predictor):
         self._prepare_lens(knowledge.unembedding_VD)
 
     def _prepare_lens(self, unembedding_VD: Tensor | None) -> None:
-        if unembedding_VD is None or self.topology.hidden_size == 0:
+        if unembedding_VD is None or self.topology.hidden_size == 0 or "lens" in self.without:
             return
         rows = min(_ROWS, max(2, _LENS_ENTRIES // self.topology.hidden_size))
         row_V = self.vocabulary.row_V.long()
@@ -200,9 +203,14 @@ class RouterResidualPredictor(Predictor):
             rows_N: of the ids. averages_NLC: fading averages of the routing.
             past_NLC: compressed router inputs of the tokens before, nearest first, side by side.
         """
-        embedded = self.embedding(rows_N)[:, None].expand(-1, self.topology.layers, -1)
-        history = self.history(averages_NLC)[:, self.layer_SH].sum(2)
-        return self.from_token(embedded) + history + self.from_past(past_NLC[:, self.ahead_SA].flatten(2))
+        known = past_NLC.new_zeros(len(rows_N), self.topology.layers, self.rank)
+        if "token" not in self.without:
+            known = known + self.from_token(self.embedding(rows_N)[:, None].expand(-1, self.topology.layers, -1))
+        if "routing" not in self.without:
+            known = known + self.history(averages_NLC)[:, self.layer_SH].sum(2)
+        if "past" not in self.without:
+            known = known + self.from_past(past_NLC[:, self.ahead_SA].flatten(2))
+        return known
 
     def _correction(self, hidden_NLD: Tensor, compressed: Tensor, known_NSR: Tensor) -> Tensor:
         features = compressed + known_NSR
@@ -251,7 +259,7 @@ class RouterResidualPredictor(Predictor):
         if observation.hidden is None:
             raise SpecmoeError("RouterResidualPredictor needs the router input of every event")
         if "routed" not in memory or layer <= int(memory["layer"]):
-            self._begin_token(memory, observation.token_id)
+            self.begin_token(memory, observation.token_id)
         memory["routed"][layer] = routed_of(observation.expert_ids, self.topology.experts)
         memory["layer"].fill_(layer)
         standard = (observation.hidden - self.mean_LD[layer]) / self.scale_LD[layer]
@@ -259,7 +267,14 @@ class RouterResidualPredictor(Predictor):
         memory["compressed"][layer] = compressed[0]
         return self._one_event(observation.hidden, layer, compressed, memory["known"][layer])
 
-    def _begin_token(self, memory: dict[str, Tensor], token_id: int) -> None:
+    def compiled(self) -> CompiledStep:
+        """One compiled call an event."""
+        from specmoe.predictors.compiled.router_residual import CompiledRouterResidual
+
+        return CompiledRouterResidual(self)
+
+    def begin_token(self, memory: dict[str, Tensor], token_id: int) -> None:
+        """Work out what only earlier tokens decide, and take the token before into the history."""
         if "routed" in memory:
             add_token(memory, memory["routed"])
             memory["past"] = torch.cat([memory["compressed"][:, None], memory["past"][:, :-1]], 1)
@@ -272,7 +287,7 @@ class RouterResidualPredictor(Predictor):
 
     def _one_event(self, hidden_D: Tensor, layer: int, compressed: Tensor, known_R: Tensor) -> Tensor:
         shape = (len(self.horizons), self.topology.experts)
-        weight_HED, default_HE = self._early_routers(layer)
+        weight_HED, default_HE = self.early_routers(layer)
         logits = weight_HED @ hidden_D + default_HE
         features = compressed + known_R
         if layer >= self.lens_from and len(self.unembedding_VD):
@@ -284,7 +299,7 @@ class RouterResidualPredictor(Predictor):
         features = features + self.mix_out(F.gelu(self.mix_in(self.norm(features), layer)), layer)
         return logits + (self.linear(compressed, layer) + self.head(features, layer)).view(shape)
 
-    def _early_routers(self, layer: int) -> tuple[Tensor, Tensor]:
+    def early_routers(self, layer: int) -> tuple[Tensor, Tensor]:
         """The baseline of one source layer as one map [H, E, D] and offset [H, E]."""
         targets = self.layer_SH[layer]
         weight_HED = self.router_LED[targets] * self.gain_SH[layer][:, None, None]

@@ -24,8 +24,8 @@ def deployment(results: Results) -> Answer:
     budget = results.trace.layer_us_p50
     sentences = [*_against_budget(timed, budget, horizon), *_cold(results, timed, horizon), *_front(timed, horizon)]
     sentences.append(
-        "Times are medians of one prediction at batch 1 in eager PyTorch on one thread of the machine named under "
-        "provenance; other runtimes and machines were not measured, nor was whether prefetching pays."
+        "Times are medians of one prediction at batch 1, in eager PyTorch or, where a predictor has such a form, "
+        "compiled, on one thread of the machine named under provenance; other runtimes and machines were not measured, nor was whether prefetching pays."
     )
     cold = any(_COLD in r.scores for r in timed)
     columns = (
