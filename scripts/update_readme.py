@@ -1,4 +1,4 @@
-"""Write the README's tables from run files, between their markers: no figure is typed by hand.
+"""Write the tables of README.md and docs/ from run files, between their markers: no figure is typed by hand.
 
 Usage: python scripts/update_readme.py (reads docs/runs/*.json)
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from specmoe.results import Interval, Results
 
@@ -21,12 +22,20 @@ def main() -> None:
     benchmarks = ROOT / "docs" / "runs" / "benchmarks.json"
     if benchmarks.exists():
         blocks["benchmarks"] = benchmark_table(json.loads(benchmarks.read_text(encoding="utf-8")))
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    fill(ROOT / "README.md", blocks)
+    ablations = ROOT / "docs" / "runs" / "ablations.json"
+    if ablations.exists():
+        content = json.loads(ablations.read_text(encoding="utf-8"))
+        fill(ROOT / "docs" / "ablations.md", {"ablations": ablation_table(content), "made": ablations_made(content)})
+
+
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Replace what stands between the markers of each block."""
+    text = path.read_text(encoding="utf-8")
     for name, content in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def ranking(results: Results) -> str:
@@ -64,6 +73,35 @@ def benchmark_table(runs: dict[str, dict[str, str]]) -> str:
     lines = ["| what | measured | goal | command |", "|---|---|---|---|"]
     lines += [f"| {r['what']} | {r['measured']} | {r['goal']} | `{r['command']}` |" for r in runs.values()]
     return "\n".join(lines)
+
+
+def ablation_table(content: dict[str, Any]) -> str:
+    """Each change with its recall, and its gain over the recipe in force at the first and last horizon."""
+    rows = list(content["rows"].values())
+    horizons = list(rows[0]["recall"])
+    first, last = horizons[0], horizons[-1]
+    head = ["change", *(f"h = {h}" for h in horizons), f"gain, h = {first}", f"h = {last}", "parameters", "s"]
+    lines = []
+    for name in dict.fromkeys(row["predictor"] for row in rows):
+        lines += ["", f"**{name}**", "", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+        for row in rows:
+            if row["predictor"] == name:
+                gains = [Interval(**row["gain"][h]) if "gain" in row else None for h in (first, last)]
+                recalls = [f"{100 * row['recall'][h]:.1f}" for h in horizons]
+                cells = [row["change"], *recalls, *map(points, gains), f"{row['parameters']:,}"]
+                lines.append("| " + " | ".join([*cells, f"{row['train_seconds']:.0f}"]) + " |")
+    return "\n".join(lines[1:])
+
+
+def ablations_made(content: dict[str, Any]) -> str:
+    """One sentence on where the table comes from."""
+    made = content["made"]
+    return (
+        f"recall@K in % on the {content['documents']} validation documents of the demo's trace, mean of "
+        f"{content['seeds']} seeds; gains in points with 95 % intervals (documents and seeds resampled, paired); s: "
+        f"seconds of one training on one core, beside other work. Made by `benchmarks/ablations.py` on "
+        f"{made['date'][:10]}; run file: [runs/ablations.json](runs/ablations.json)."
+    )
 
 
 def percent(interval: Interval) -> str:

@@ -25,7 +25,7 @@ __all__ = ["RouterResidualPredictor"]
 
 # What the compression of router inputs may take of the two million parameters.
 _COMPRESSION = 1_050_000
-_LARGEST_RANK = 192
+_LARGEST_RANK = 128
 _ROWS = 2048
 _EMBEDDING = 48
 # Entries of the output embedding that the lens may read in one event: 2,048 rows at a width of 128.

@@ -25,7 +25,8 @@ def deployment(results: Results) -> Answer:
     sentences = [*_against_budget(timed, budget, horizon), *_cold(results, timed, horizon), *_front(timed, horizon)]
     sentences.append(
         "Times are medians of one prediction at batch 1, in eager PyTorch or, where a predictor has such a form, "
-        "compiled, on one thread of the machine named under provenance; other runtimes and machines were not measured, nor was whether prefetching pays."
+        "compiled, on one thread of the machine named under provenance; other runtimes and machines were not measured, "
+        "nor was whether prefetching pays."
     )
     cold = any(_COLD in r.scores for r in timed)
     columns = (
