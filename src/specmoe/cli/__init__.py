@@ -13,6 +13,7 @@ import typer
 from specmoe.cli import (
     collecting,
     comparing,
+    ensembling,
     exporting,
     families,
     listing,
@@ -44,6 +45,7 @@ for module in (
     exporting,
     training,
     tuning,
+    ensembling,
     reporting,
     comparing,
     studying,
