@@ -278,7 +278,7 @@ def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: 
     os.killpg(process.pid, how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, errors
         assert "run the same command again to continue" in errors
         assert "Traceback" not in errors
     assert not (out / "results.json").exists()

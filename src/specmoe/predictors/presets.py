@@ -33,6 +33,7 @@ _SEED: dict[str, Any] = {"label_smoothing": 0.1, "clip": 1.0, "patience": 7, "so
 
 def _release(rate: float, epochs: int, batch: int = 32, scheduler: str = "plateau", **more: Any) -> dict[str, Any]:
     fixed = {"sharpness": 0.66, "weight_decay": 0.01, "warmup": 0.0, "width": 1.0, "dropout": 0.0}
+    fixed |= {"window": 16, "objective": "distribution"}
     named = {"learning_rate": rate, "epochs": epochs, "batch_windows": batch, "scheduler": scheduler}
     return {**_SEED, **fixed, **named, **more}
 

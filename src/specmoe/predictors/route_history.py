@@ -15,7 +15,7 @@ from specmoe.predictors._tables import layer_counts, target_layers
 from specmoe.predictors.base import CompiledStep, Knowledge, Observation, Predictor, Recipe, State
 from specmoe.predictors.blocks import PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens, normalised
-from specmoe.predictors.search import DROPOUT, SHARED, WIDTH
+from specmoe.predictors.search import DROPOUT, SHARED, WIDTH, Choice
 from specmoe.predictors.vocabulary import Vocabulary, routing_components
 from specmoe.topology import Topology
 
@@ -62,7 +62,7 @@ class RouteHistoryPredictor(Predictor):
         weight_decay=0.02,
         soft_targets=False,
         label_smoothing=0.0,
-        search=SHARED.but(width=WIDTH, dropout=DROPOUT, sharpness=None),
+        search=SHARED.but(batch_windows=Choice((2, 4, 8, 16)), width=WIDTH, dropout=DROPOUT, sharpness=None),
     )
     memory = None
     # Inputs that an ablation leaves out: "token", "earlier" (tokens before), "same" (of them, those with the same id).
