@@ -52,7 +52,7 @@ class RouteHistoryPredictor(Predictor):
         sees="context",
         source="routing history as in Pre-gated MoE (Hwang et al., 2024) and MoE-Infinity (Xue et al., 2024), "
         "token ids as in OpenMoE (Xue et al., 2024), learned together",
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         epochs=6,
         batch_windows=4,
         window=64,

@@ -28,8 +28,8 @@ _COMPRESSION = 1_050_000
 _LARGEST_RANK = 128
 _ROWS = 2048
 _EMBEDDING = 48
-# Entries of the output embedding that the lens may read in one event: 2,048 rows at a width of 128.
-_LENS_ENTRIES = 1 << 18
+# Entries of the output embedding that the lens may read in one event: 1,024 rows at a width of 128.
+_LENS_ENTRIES = 1 << 17
 _LENS_WEIGHT = 0.1
 _HIDDEN_IDS = 0.05
 # Of the tokens before, and of the layers ahead of the source, whose router inputs enter the network.
