@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,7 @@ __all__ = [
     "SplitFacts",
     "TestDocuments",
     "TraceFacts",
+    "validated",
 ]
 
 # Raised whenever a metric's definition changes; results of different versions do not compare.
@@ -42,6 +43,23 @@ class Interval(_Model):
     value: float
     low: float
     high: float
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(kind: type[Model], content: Any, path: Path) -> Model:
+    """What a file held, as a model of a kind.
+
+    Raises:
+        SpecmoeError: it does not fit; the message names the first place that does not.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
 
 
 # Horizon → interval; JSON keys are strings, so "1" stands for horizon 1.
@@ -290,12 +308,7 @@ class Results(_Model):
                 f"{path} was made under metric version {version}, this specmoe has version {METRIC_VERSION}: "
                 "run `specmoe train` again"
             )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
+        return validated(cls, content, path)
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""

@@ -13,9 +13,14 @@ from specmoe.errors import SpecmoeError
 __all__ = [
     "AsJson",
     "Device",
+    "Horizons",
+    "Only",
     "Out",
     "PresetName",
     "RecipeFile",
+    "Seeds",
+    "TracePath",
+    "Workers",
     "parse_horizons",
     "print_json",
     "resolve_device",
@@ -26,6 +31,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one.")]
 
+TracePath = Annotated[Path, typer.Argument(help="Directory of a trace.")]
+Only = Annotated[list[str] | None, typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")]
+Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
+Horizons = Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipes", help="JSON file of changed recipes, as `specmoe tune` writes.")
 ]

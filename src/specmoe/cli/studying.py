@@ -12,9 +12,13 @@ import typer
 from specmoe.cli.options import (
     AsJson,
     Device,
+    Horizons,
     Out,
     PresetName,
     RecipeFile,
+    Seeds,
+    TracePath,
+    Workers,
     parse_horizons,
     print_json,
     resolve_device,
@@ -35,14 +39,10 @@ def register(app: typer.Typer) -> None:
     app.command("leave-one-domain-out")(leave_one_domain_out)
 
 
-TracePath = Annotated[Path, typer.Argument(help="Directory of a trace.")]
 Only = Annotated[
     list[str] | None,
     typer.Option(help="Names or patterns like 'Tiny*', several times; ridge and a token table are shown beside."),
 ]
-Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
-Horizons = Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 
 
 def learning_curve(

@@ -10,9 +10,14 @@ import typer
 from specmoe.cli.options import (
     AsJson,
     Device,
+    Horizons,
+    Only,
     Out,
     PresetName,
     RecipeFile,
+    Seeds,
+    TracePath,
+    Workers,
     parse_horizons,
     print_json,
     resolve_device,
@@ -33,21 +38,18 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
 
 
-Only = Annotated[list[str] | None, typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")]
-Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
 CacheExperts = Annotated[
     int | None,
     typer.Option(help="Experts a layer in the cache that cold-miss recall supposes; default: a quarter, at least K."),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
 
 
 def train(
-    trace: Annotated[Path, typer.Argument(help="Directory of a trace.")],
+    trace: TracePath,
     out: Out,
     only: Only = None,
     seeds: Seeds = 3,
-    horizons: Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")] = "1-4",
+    horizons: Horizons = "1-4",
     control: Annotated[Path | None, typer.Option(help="Trace of an untrained model, shown beside.")] = None,
     recipes: RecipeFile = None,
     preset: PresetName = None,

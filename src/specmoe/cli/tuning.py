@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,9 +10,12 @@ import typer
 from specmoe.cli.options import (
     AsJson,
     Device,
+    Horizons,
     Out,
     PresetName,
     RecipeFile,
+    TracePath,
+    Workers,
     parse_horizons,
     print_json,
     resolve_device,
@@ -34,12 +36,12 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    trace: Annotated[Path, typer.Argument(help="Directory of a trace.")],
+    trace: TracePath,
     only: Annotated[list[str], typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")],
     out: Out,
     trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier runs among them.")] = 20,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
-    horizons: Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")] = "1-4",
+    workers: Workers = None,
+    horizons: Horizons = "1-4",
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial is begun.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the best recipe into OUT/recipes.json.")] = False,
     recipes: RecipeFile = None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
-from specmoe.results import METRIC_VERSION, ByHorizon, Interval, Latency, Made, Protocol, TraceFacts
+from specmoe.results import METRIC_VERSION, ByHorizon, Interval, Latency, Made, Protocol, TraceFacts, validated
 
 __all__ = ["Check", "Contender", "EnsembleResult", "MemberFacts", "load_ensemble", "save_ensemble"]
 
@@ -128,12 +128,7 @@ def load_ensemble(path: Path) -> EnsembleResult:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != "specmoe-ensemble":
         raise SpecmoeError(f"{path} is not a results file of an ensemble")
-    try:
-        result = EnsembleResult.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
+    result = validated(EnsembleResult, content, path)
     version = result.protocol.metric_version
     if version != METRIC_VERSION:
         raise SpecmoeError(f"{path} was made under metric version {version}, not {METRIC_VERSION}; make it again")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
-from specmoe.results import METRIC_VERSION, ByHorizon, Made, Protocol, TraceFacts
+from specmoe.results import METRIC_VERSION, ByHorizon, Made, Protocol, TraceFacts, validated
 
 __all__ = [
     "CurvePoint",
@@ -157,12 +157,7 @@ def load_study(path: Path) -> Study:
     kind = _KINDS.get(content.get("format", "")) if isinstance(content, dict) else None
     if kind is None:
         raise SpecmoeError(f"{path} is not a results file of a study")
-    try:
-        study = kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
+    study = validated(kind, content, path)
     if study.protocol.metric_version != METRIC_VERSION:
         version = study.protocol.metric_version
         raise SpecmoeError(f"{path} was made under metric version {version}, not {METRIC_VERSION}; make it again")
