@@ -10,9 +10,9 @@ from specmoe.ensembling.outcome import Contender, EnsembleResult
 from specmoe.ensembling.words import contender_table, found
 from specmoe.files import write_text
 from specmoe.report.charts import Row, Spec, finish, horizon_scale, names_axis, shown_base, structure
-from specmoe.report.page import Figure, as_script, environment, page_parts
+from specmoe.report.page import Figure, as_script, environment, made_facts, page_parts, trace_facts
 from specmoe.report.study_charts import differences
-from specmoe.report.text import duration, microseconds, percent
+from specmoe.report.text import microseconds, percent
 from specmoe.report.theme import CATEGORY_SHAPES
 
 __all__ = ["against_time", "member_shares", "render_ensemble", "write_ensemble_page"]
@@ -144,19 +144,9 @@ def _short(each: Contender) -> str:
 
 
 def _facts(result: EnsembleResult) -> list[tuple[str, list[tuple[str, str]]]]:
-    trace, made = result.trace, result.made
-    topology = trace.topology
     check = result.checks[0]
     return [
-        (
-            "Model and trace",
-            [
-                ("model", f"{topology.model_id} {topology.revision}".strip()),
-                ("shape", f"{topology.layers} MoE layers, {topology.experts} experts, K={topology.top_k}"),
-                ("trace", f"{trace.name}: {trace.tokens:,} tokens, {trace.documents:,} documents"),
-                ("fingerprint", trace.fingerprint),
-            ],
-        ),
+        trace_facts(result.trace),
         (
             "Protocol",
             [
@@ -171,15 +161,5 @@ def _facts(result: EnsembleResult) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("metric version", str(result.protocol.metric_version)),
             ],
         ),
-        (
-            "Made by",
-            [
-                ("date", made.date),
-                ("commit", made.commit),
-                ("command", made.command),
-                ("took", duration(made.seconds)),
-                *made.versions.items(),
-                *made.hardware.items(),
-            ],
-        ),
+        made_facts(result.made),
     ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from specmoe.files import write_text
 from specmoe.report import charts, cost_charts, detail_charts
 from specmoe.report.journey import journey_data
-from specmoe.report.page import Figure, as_script, environment, page_parts
+from specmoe.report.page import Figure, as_script, environment, made_facts, page_parts, trace_facts
 from specmoe.report.questions import answers, headline
 from specmoe.report.select import (
     CATEGORIES,
@@ -286,24 +286,18 @@ def _plain(interval: Interval | None) -> str:
 
 def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """Protocol and provenance: headings, each with names and values."""
-    trace, split, protocol, made = results.trace, results.split, results.protocol, results.made
-    topology = trace.topology
+    trace, split, protocol = results.trace, results.split, results.protocol
+    topology, (heading, rows) = trace.topology, trace_facts(results.trace)
     tokens = ", ".join(f"{part.replace('_', ' ')} {number:,}" for part, number in split.tokens.items())
     documents = ", ".join(f"{part.replace('_', ' ')} {number:,}" for part, number in split.documents.items())
     budgets = ", ".join(f"{label} = {number}" for label, number in protocol.budgets.items())
     return [
         (
-            "Model and trace",
+            heading,
             [
-                ("model", f"{topology.model_id} {topology.revision}".strip()),
-                ("shape", f"{topology.layers} MoE layers, {topology.experts} experts, K={topology.top_k}"),
+                *rows,
                 ("hidden size", f"{topology.hidden_size:,}"),
-                (
-                    "trace",
-                    f"{trace.name}: {trace.tokens:,} tokens, {trace.documents:,} documents, {trace.domains} domains",
-                ),
                 ("fields", ", ".join(trace.fields)),
-                ("fingerprint", trace.fingerprint),
                 ("a layer's own compute time", microseconds(trace.layer_us_p50)),
                 *((f"source: {name}", str(value)) for name, value in trace.source.items()),
             ],
@@ -323,15 +317,5 @@ def _facts(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("metric version", str(protocol.metric_version)),
             ],
         ),
-        (
-            "Made by",
-            [
-                ("date", made.date),
-                ("commit", made.commit),
-                ("command", made.command),
-                ("took", duration(made.seconds)),
-                *made.versions.items(),
-                *made.hardware.items(),
-            ],
-        ),
+        made_facts(results.made),
     ]

@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from specmoe.report.text import duration
 from specmoe.report.theme import DARK, LIGHT, vega_config
+from specmoe.results import Made, TraceFacts
 
-__all__ = ["Figure", "as_script", "environment", "page_parts"]
+__all__ = ["Facts", "Figure", "as_script", "environment", "made_facts", "page_parts", "trace_facts"]
+
+# A heading, with names and values.
+Facts = tuple[str, list[tuple[str, str]]]
 
 
 class Figure(NamedTuple):
@@ -24,6 +29,35 @@ class Figure(NamedTuple):
     label: str
     title: str = ""
     note: str = ""
+
+
+def trace_facts(trace: TraceFacts) -> Facts:
+    """Of which model and trace a page speaks."""
+    topology = trace.topology
+    return (
+        "Model and trace",
+        [
+            ("model", f"{topology.model_id} {topology.revision}".strip()),
+            ("shape", f"{topology.layers} MoE layers, {topology.experts} experts, K={topology.top_k}"),
+            ("trace", f"{trace.name}: {trace.tokens:,} tokens, {trace.documents:,} documents, {trace.domains} domains"),
+            ("fingerprint", trace.fingerprint),
+        ],
+    )
+
+
+def made_facts(made: Made) -> Facts:
+    """By what a page's figures were made."""
+    return (
+        "Made by",
+        [
+            ("date", made.date),
+            ("commit", made.commit),
+            ("command", made.command),
+            ("took", duration(made.seconds)),
+            *made.versions.items(),
+            *made.hardware.items(),
+        ],
+    )
 
 
 def environment() -> Environment:

@@ -7,11 +7,10 @@ from typing import Any
 
 from specmoe.files import write_text
 from specmoe.report.charts import Spec
-from specmoe.report.page import Figure, as_script, environment, page_parts
+from specmoe.report.page import Figure, as_script, environment, made_facts, page_parts, trace_facts
 from specmoe.report.select import CATEGORIES
 from specmoe.report.study_charts import curve, differences
 from specmoe.report.study_text import curve_table, domain_table, found
-from specmoe.report.text import duration
 from specmoe.report.theme import CATEGORY_SHAPES
 from specmoe.suite.study_results import DomainStudy, LearningCurve, Study
 
@@ -136,8 +135,6 @@ def _domain_content(study: DomainStudy, figure: Any) -> dict[str, Any]:
 
 
 def _facts(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
-    trace, made = study.trace, study.made
-    topology = trace.topology
     if isinstance(study, LearningCurve):
         splits = [(f"split at {100 * p.share:g} %", f"{p.documents} documents, {p.split_hash}") for p in study.points]
         splits.append(("validation and test documents", f"{study.validation_documents} and {study.test_documents}"))
@@ -145,15 +142,7 @@ def _facts(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
         splits = [("normal split", f"{study.train_documents} training documents, {study.split_hash}")]
         splits += [(f"without {k.domain}", f"{k.train_documents} documents, {k.split_hash}") for k in study.domains]
     return [
-        (
-            "Model and trace",
-            [
-                ("model", f"{topology.model_id} {topology.revision}".strip()),
-                ("shape", f"{topology.layers} MoE layers, {topology.experts} experts, K={topology.top_k}"),
-                ("trace", f"{trace.name}: {trace.tokens:,} tokens, {trace.documents:,} documents"),
-                ("fingerprint", trace.fingerprint),
-            ],
-        ),
+        trace_facts(study.trace),
         (
             "Protocol",
             [
@@ -163,15 +152,5 @@ def _facts(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("metric version", str(study.protocol.metric_version)),
             ],
         ),
-        (
-            "Made by",
-            [
-                ("date", made.date),
-                ("commit", made.commit),
-                ("command", made.command),
-                ("took", duration(made.seconds)),
-                *made.versions.items(),
-                *made.hardware.items(),
-            ],
-        ),
+        made_facts(study.made),
     ]
