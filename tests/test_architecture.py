@@ -30,6 +30,7 @@ ORDER = [
     ("report",),
     ("tuning",),
     ("ensembling",),
+    ("offload",),
     ("cli", "__main__"),
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
