@@ -31,7 +31,7 @@ class Demand:
     An expert that several tokens of a step are routed to is one access.
 
     Attributes:
-        topology: of the model. replay: how the documents were read, see :meth:`of_trace`. batch: sequences side by side.
+        topology: of the model. replay: how the documents were read, see :meth:`of_trace`. batch: sequences at once.
         keys_M: int32, layer·E + expert, ascending within an event. tokens_M: int32, tokens of the step that are
             routed to it. starts_V: int64 [V + 1], where each event's accesses begin.
         phase_J: uint8, values of :class:`Phase`. group_J: int32, number of the batch of sequences a step belongs to.
@@ -72,7 +72,7 @@ class Demand:
 
     @cached_property
     def next_use_M(self) -> NDArray[np.int64]:
-        """For each access the number of the event that next needs the same expert; V for never. What an oracle knows."""
+        """For each access the event that next needs the same expert; V for never. What an oracle knows."""
         return _next_uses(self.keys_M, self.starts_V, self.topology.layers * self.topology.experts)
 
     @cached_property

@@ -1,0 +1,1 @@
+"""What is worth prefetching: one file a rule."""

@@ -1,0 +1,13 @@
+"""The first b experts of every prediction, whatever their chance: what most engines do."""
+
+from __future__ import annotations
+
+import numba
+
+__all__ = ["admits"]
+
+
+@numba.njit(cache=True)
+def admits(place: int, budget: float) -> bool:
+    """``place``: rank of the expert in its prediction, from 0. ``budget``: b."""
+    return place < budget

@@ -1,0 +1,270 @@
+"""A cache of experts without time: every access of a stream, every miss filled at once, nothing fetched ahead.
+
+An event is atomic. Its experts are all in use until it ends; which of them are hits is decided before any of them
+enters or moves; then they are gone through from the largest number to the smallest, so that of experts used at the same
+time the one with the larger id counts as used earlier (the rule of ``residency``).
+
+An event of more experts than the cache holds runs in waves: when every resident expert is in use, those are released
+and the event goes on, as an engine must that computes with what it has and then loads the next.
+
+Letters: V events, M accesses, N experts of the model, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from specmoe.errors import SpecmoeError
+from specmoe.offload.demand import Demand
+from specmoe.offload.policies.dispatch import admit, hit, insert, victim
+from specmoe.offload.policies.registry import policy_named
+from specmoe.offload.policies.state import PolicyState, make_state
+from specmoe.topology import Topology
+from specmoe.trace.record import Phase
+
+__all__ = ["CacheCounts", "empty_caches", "miss_ratio_curves", "replay_cache"]
+
+
+@dataclass(frozen=True)
+class CacheCounts:
+    """What a replay came to. Accesses are experts of events; an expert that several tokens of a step share is one.
+
+    Attributes:
+        policy: its name. capacity: experts held, by each cache. per_layer: a cache for each layer, or one for all.
+        accesses, misses: of all events. cold: misses of experts that were never needed before, which no policy avoids.
+        evictions: experts that left. bypassed: misses that were not kept.
+        prefill_accesses, prefill_misses: of prefill steps; what remains is decode.
+        misses_L: int64 [L]. missed_M: bool [M], if asked for.
+    """
+
+    policy: str
+    capacity: int
+    per_layer: bool
+    accesses: int
+    misses: int
+    cold: int
+    evictions: int
+    bypassed: int
+    prefill_accesses: int
+    prefill_misses: int
+    misses_L: NDArray[np.int64]
+    missed_M: NDArray[np.bool_] | None = None
+
+    @property
+    def hits(self) -> int:
+        """Accesses that found their expert."""
+        return self.accesses - self.misses
+
+    @property
+    def miss_ratio(self) -> float:
+        """Misses by accesses."""
+        return self.misses / self.accesses
+
+    @property
+    def decode_accesses(self) -> int:
+        """Of decode steps."""
+        return self.accesses - self.prefill_accesses
+
+    @property
+    def decode_misses(self) -> int:
+        """Of decode steps."""
+        return self.misses - self.prefill_misses
+
+
+def empty_caches(topology: Topology, capacity: int, *, per_layer: bool = False) -> PolicyState:
+    """The state of empty caches of a model: one that the layers share, or one for each layer.
+
+    Args:
+        topology: of the model. capacity: experts that each cache may hold. per_layer: as said.
+
+    Raises:
+        SpecmoeError: not even one expert.
+    """
+    if capacity < 1:
+        raise SpecmoeError(f"a cache of {capacity} experts holds nothing; choose at least 1")
+    layers, experts = topology.layers, topology.experts
+    layer_N = np.repeat(np.arange(layers, dtype=np.int32), experts)
+    group_N = layer_N if per_layer else np.zeros(layers * experts, dtype=np.int32)
+    capacity_G = np.full(layers if per_layer else 1, capacity, dtype=np.int64)
+    return make_state(group_N, layer_N, capacity_G, layers)
+
+
+def replay_cache(
+    demand: Demand,
+    policy: str,
+    capacity: int,
+    *,
+    per_layer: bool = False,
+    wanted: NDArray[np.float32] | None = None,
+    keep_misses: bool = False,
+) -> CacheCounts:
+    """Send a stream through a cache that starts empty.
+
+    Args:
+        demand: the stream. policy: its name in ``POLICIES``.
+        capacity: experts held, in all, or in each layer with ``per_layer``.
+        wanted: float [V, E], for ``predicted`` only: how much each expert of an event's layer is wanted once that event
+            has its own, as known when the event runs; larger is more.
+        keep_misses: also return for each access whether it missed.
+
+    Raises:
+        SpecmoeError: no such policy, a capacity below 1, or ``wanted`` missing, not called for or of another shape.
+    """
+    info = policy_named(policy)
+    if (info.needs == "predictor") != (wanted is not None):
+        need = "needs" if wanted is None else "does not use"
+        raise SpecmoeError(f"policy {policy!r} {need} the wishes of a predictor (wanted)")
+    shape = (demand.events, demand.topology.experts)
+    if wanted is None:
+        wanted = np.zeros((0, 0), dtype=np.float32)
+    elif wanted.shape != shape:
+        raise SpecmoeError(f"wanted has the shape {wanted.shape}, the stream needs {shape} (events, experts)")
+    state = empty_caches(demand.topology, capacity, per_layer=per_layer)
+    future = info.needs == "future"
+    next_use_M = demand.next_use_M if future else np.zeros(0, dtype=np.int64)
+    missed_M = np.zeros(demand.accesses if keep_misses else 0, dtype=np.bool_)
+    totals, misses_L = _replay(
+        info.number,
+        state,
+        demand.keys_M,
+        demand.starts_V,
+        demand.phase_J == Phase.PREFILL,
+        next_use_M,
+        np.ascontiguousarray(wanted, dtype=np.float32),
+        missed_M,
+    )
+    return CacheCounts(
+        policy,
+        capacity,
+        per_layer,
+        demand.accesses,
+        int(totals[0]),
+        int(totals[1]),
+        int(totals[2]),
+        int(totals[3]),
+        int(totals[4]),
+        int(totals[5]),
+        misses_L,
+        missed_M if keep_misses else None,
+    )
+
+
+def miss_ratio_curves(
+    demand: Demand,
+    policies: Iterable[str],
+    capacities: Sequence[int],
+    *,
+    per_layer: bool = False,
+    wanted: Mapping[str, NDArray[np.float32]] | None = None,
+    workers: int | None = None,
+) -> dict[str, list[CacheCounts]]:
+    """Replay a stream with every policy at every capacity, several at a time.
+
+    Args:
+        demand: the stream; all replays read the same arrays. policies: names. capacities: see :func:`replay_cache`.
+        wanted: what :func:`replay_cache` takes, by policy. workers: threads; by default one for each core.
+
+    Returns:
+        Policy → counts, in the order of the capacities.
+
+    Raises:
+        SpecmoeError: as :func:`replay_cache`.
+    """
+    names = list(policies)
+    if any(policy_named(name).needs == "future" for name in names):
+        _ = demand.next_use_M  # once, not in every thread
+
+    def one(job: tuple[str, int]) -> CacheCounts:
+        name, capacity = job
+        return replay_cache(demand, name, capacity, per_layer=per_layer, wanted=(wanted or {}).get(name))
+
+    jobs = [(name, capacity) for name in names for capacity in capacities]
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        counts = list(pool.map(one, jobs))
+    return {name: counts[i * len(capacities) : (i + 1) * len(capacities)] for i, name in enumerate(names)}
+
+
+@numba.njit(cache=True, nogil=True)
+def _replay(
+    policy: int,
+    state: PolicyState,
+    keys_M: NDArray[np.int32],
+    starts_V: NDArray[np.int64],
+    prefill_J: NDArray[np.bool_],
+    next_use_M: NDArray[np.int64],
+    wanted_VE: NDArray[np.float32],
+    missed_M: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Misses, cold ones, evictions, bypassed, prefill accesses and prefill misses; and misses of each layer."""
+    layers = state.layers
+    experts = state.experts // layers
+    future, wishes, keep = len(next_use_M) > 0, len(wanted_VE) > 0, len(missed_M) > 0
+    misses_L = np.zeros(layers, dtype=np.int64)
+    seen_N = np.zeros(state.experts, dtype=np.bool_)
+    missed_here = np.zeros(state.experts, dtype=np.bool_)
+    cold = evictions = bypassed = prefill_accesses = prefill_misses = 0
+    stamp = 0
+    layer = 0
+    for event in range(len(starts_V) - 1):
+        first, last = starts_V[event], starts_V[event + 1]
+        if wishes:
+            for expert in range(experts):
+                state.keys[layer * experts + expert].wanted = wanted_VE[event, expert]
+        stamp += 1
+        state.clock[0].stamp = stamp
+        misses = 0
+        for access in range(first, last):
+            key = keys_M[access]
+            if future:
+                state.keys[key].next_use = next_use_M[access]
+            if state.keys[key].resident:
+                state.keys[key].pinned = stamp
+                missed_here[access - first] = False
+            else:
+                missed_here[access - first] = True
+                misses += 1
+                if not seen_N[key]:
+                    seen_N[key] = True
+                    cold += 1
+                if keep:
+                    missed_M[access] = True
+        misses_L[layer] += misses
+        if prefill_J[event // layers]:
+            prefill_accesses += last - first
+            prefill_misses += misses
+        for access in range(last - 1, first - 1, -1):
+            key = keys_M[access]
+            if not missed_here[access - first]:
+                # A wave's release may have let it go again; it has been used all the same.
+                if state.keys[key].resident:
+                    hit(policy, state, key, event)
+                continue
+            group = state.keys[key].group
+            if state.caches[group].size >= state.caches[group].capacity:
+                if not admit(policy, state, key, event):
+                    bypassed += 1
+                    continue
+                leaves = victim(policy, state, group, event)
+                if leaves < 0:
+                    stamp += 1
+                    state.clock[0].stamp = stamp
+                    leaves = victim(policy, state, group, event)
+                state.keys[leaves].resident = False
+                state.caches[group].size -= 1
+                evictions += 1
+            state.keys[key].resident = True
+            state.keys[key].pinned = stamp
+            state.caches[group].size += 1
+            insert(policy, state, key, event)
+        layer += 1
+        if layer == layers:
+            layer = 0
+    totals = np.array([misses_L.sum(), cold, evictions, bypassed, prefill_accesses, prefill_misses])
+    return totals, misses_L

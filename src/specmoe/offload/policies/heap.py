@@ -1,0 +1,111 @@
+"""An indexed binary heap to each cache: the key with the smallest (score, used) is the next to leave."""
+
+from __future__ import annotations
+
+import numba
+
+from specmoe.offload.policies.state import PolicyState
+
+__all__ = ["add", "pop_unpinned", "settle", "top_unpinned"]
+
+
+@numba.njit(cache=True, forceinline=True)
+def add(state: PolicyState, key: int) -> None:
+    """Put a key into its cache's heap; ``score_N`` and ``used_N`` are set before."""
+    group = state.keys[key].group
+    spot = state.caches[group].heap_size
+    state.caches[group].heap_size = spot + 1
+    _rise(state, state.caches[group].first, spot, key)
+
+
+@numba.njit(cache=True, forceinline=True)
+def settle(state: PolicyState, key: int) -> None:
+    """Put a key in its place again after its score has changed."""
+    group = state.keys[key].group
+    first = state.caches[group].first
+    spot = state.keys[key].place - first
+    _rise(state, first, spot, key)
+    if state.keys[key].place - first == spot:
+        _sink(state, first, state.caches[group].heap_size, spot, key)
+
+
+@numba.njit(cache=True, forceinline=True)
+def pop_unpinned(state: PolicyState, group: int) -> int:
+    """Take out the first key that is not in use; -1 if there is none."""
+    aside = 0
+    found = -1
+    while state.caches[group].heap_size > 0:
+        key = state.heap_N[state.caches[group].first]
+        _drop_root(state, group)
+        if state.keys[key].pinned != state.clock[0].stamp:
+            found = key
+            break
+        state.keys[aside].scratch = key
+        aside += 1
+    for place in range(aside):
+        add(state, state.keys[place].scratch)
+    return found
+
+
+@numba.njit(cache=True, forceinline=True)
+def top_unpinned(state: PolicyState, group: int) -> int:
+    """The key that :func:`pop_unpinned` would take out, which stays."""
+    if state.caches[group].heap_size > 0:
+        root = state.heap_N[state.caches[group].first]
+        if state.keys[root].pinned != state.clock[0].stamp:
+            return root
+    key = pop_unpinned(state, group)
+    if key >= 0:
+        add(state, key)
+    return key
+
+
+@numba.njit(cache=True, forceinline=True)
+def _drop_root(state: PolicyState, group: int) -> None:
+    first = state.caches[group].first
+    state.keys[state.heap_N[first]].place = -1
+    size = state.caches[group].heap_size - 1
+    state.caches[group].heap_size = size
+    if size > 0:
+        _sink(state, first, size, 0, state.heap_N[first + size])
+
+
+@numba.njit(cache=True, forceinline=True)
+def _rise(state: PolicyState, first: int, spot: int, key: int) -> None:
+    """A key belongs to ``spot`` or above it: move smaller ancestors' places up until it fits."""
+    score, used = state.keys[key].score, state.keys[key].used
+    while spot > 0:
+        above = (spot - 1) >> 1
+        other = state.heap_N[first + above]
+        other_score = state.keys[other].score
+        if other_score < score or (other_score == score and state.keys[other].used <= used):
+            break
+        state.heap_N[first + spot] = other
+        state.keys[other].place = first + spot
+        spot = above
+    state.heap_N[first + spot] = key
+    state.keys[key].place = first + spot
+
+
+@numba.njit(cache=True, forceinline=True)
+def _sink(state: PolicyState, first: int, size: int, spot: int, key: int) -> None:
+    """A key belongs to ``spot`` or below it."""
+    score, used = state.keys[key].score, state.keys[key].used
+    while True:
+        below = 2 * spot + 1
+        if below >= size:
+            break
+        child = state.heap_N[first + below]
+        child_score = state.keys[child].score
+        if below + 1 < size:
+            right = state.heap_N[first + below + 1]
+            right_score = state.keys[right].score
+            if right_score < child_score or (right_score == child_score and state.keys[right].used < state.keys[child].used):
+                below, child, child_score = below + 1, right, right_score
+        if score < child_score or (score == child_score and used <= state.keys[child].used):
+            break
+        state.heap_N[first + spot] = child
+        state.keys[child].place = first + spot
+        spot = below
+    state.heap_N[first + spot] = key
+    state.keys[key].place = first + spot

@@ -1,0 +1,56 @@
+"""What the predictor wants least leaves first: lowest ``wanted_N``, the least recently used of equals.
+
+Eviction by a prediction of the next use, in the spirit of Belady's rule. The caller may change ``wanted_N`` at any time,
+so all keys of the cache are looked at when one has to leave: the cost grows with the capacity.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from specmoe.offload.policies.state import PolicyState
+
+__all__ = ["hit", "insert", "victim"]
+
+
+@numba.njit(cache=True, forceinline=True)
+def hit(state: PolicyState, key: int, now: int) -> None:
+    """Note when it was used."""
+    state.clock[0].tick += 1
+    state.keys[key].used = state.clock[0].tick
+
+
+@numba.njit(cache=True, forceinline=True)
+def insert(state: PolicyState, key: int, now: int) -> None:
+    """To the end of the cache's keys, which stand in no order."""
+    state.clock[0].tick += 1
+    state.keys[key].used = state.clock[0].tick
+    group = state.keys[key].group
+    place = state.caches[group].first + state.caches[group].heap_size
+    state.heap_N[place] = key
+    state.keys[key].place = place
+    state.caches[group].heap_size += 1
+
+
+@numba.njit(cache=True, forceinline=True)
+def victim(state: PolicyState, group: int, now: int) -> int:
+    """Look at all of them."""
+    first, size = state.caches[group].first, state.caches[group].heap_size
+    found = -1
+    for place in range(first, first + size):
+        key = state.heap_N[place]
+        if state.keys[key].pinned == state.clock[0].stamp:
+            continue
+        if (
+            found < 0
+            or state.keys[key].wanted < state.keys[found].wanted
+            or (state.keys[key].wanted == state.keys[found].wanted and state.keys[key].used < state.keys[found].used)
+        ):
+            found = key
+    if found >= 0:
+        last = state.heap_N[first + size - 1]
+        state.heap_N[state.keys[found].place] = last
+        state.keys[last].place = state.keys[found].place
+        state.keys[found].place = -1
+        state.caches[group].heap_size = size - 1
+    return found

@@ -1,0 +1,47 @@
+"""SIEVE: a FIFO queue and a hand that goes through it and spares what was used since it last passed (Zhang et al., 2024).
+
+New keys enter at the newest end, a use only sets the key's bit. The hand goes from the oldest to the newest, clears
+bits, and takes the first key without one; it goes on from there at the next eviction. A key in use is passed by.
+"""
+
+from __future__ import annotations
+
+import numba
+
+from specmoe.offload.policies.queues import push, remove, sentinel_of
+from specmoe.offload.policies.state import PolicyState
+
+__all__ = ["hit", "insert", "victim"]
+
+
+@numba.njit(cache=True, forceinline=True)
+def hit(state: PolicyState, key: int, now: int) -> None:
+    """Set its bit."""
+    state.keys[key].count = 1
+
+
+@numba.njit(cache=True, forceinline=True)
+def insert(state: PolicyState, key: int, now: int) -> None:
+    """At the newest end, without a bit."""
+    state.keys[key].count = 0
+    push(state, key, 0)
+
+
+@numba.njit(cache=True, forceinline=True)
+def victim(state: PolicyState, group: int, now: int) -> int:
+    """The first key from the hand on that was not used since the hand passed."""
+    sentinel = sentinel_of(state, group, 0)
+    key = state.caches[group].hand
+    if key < 0:
+        key = state.keys[sentinel].previous
+    # Once round to clear the bits, once more to find, and the way to the first sentinel.
+    for _ in range(2 * state.lengths_GQ[group, 0] + 3):
+        if key != sentinel and state.keys[key].pinned != state.clock[0].stamp:
+            if state.keys[key].count == 0:
+                ahead = state.keys[key].previous
+                state.caches[group].hand = -1 if ahead == sentinel else ahead
+                remove(state, key)
+                return key
+            state.keys[key].count = 0
+        key = state.keys[key].previous
+    return -1

@@ -1,0 +1,313 @@
+"""One simulated run: a demand, a machine, a cache, a prefetcher; and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from specmoe.errors import SpecmoeError
+from specmoe.offload.admission.registry import ADMISSIONS, Admission
+from specmoe.offload.demand import Demand
+from specmoe.offload.hardware.cost import StepCost, step_cost
+from specmoe.offload.hardware.profile import Hardware
+from specmoe.offload.policies.registry import POLICIES
+from specmoe.offload.prefetchers.predictions import Predictions
+from specmoe.offload.simulation.state import Log, counted, make_log, make_tier
+from specmoe.offload.simulation.timeline import ESTIMATES, Plan, Stream, Times, World, run_timeline
+from specmoe.trace.record import Phase
+
+__all__ = ["Machine", "Outcome", "Run", "simulate"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where experts lie and how fast they travel.
+
+    Attributes:
+        hardware: its links and its device. expert_bytes: size of one expert as it is stored and moved.
+        capacity: experts that the device holds, over all layers. per_layer: each layer has its own part of them.
+        host_capacity: experts that the host holds, where there are three tiers.
+        policy, host_policy: what is evicted, on the device and on the host.
+        cost: compute times; worked out from the hardware where None.
+    """
+
+    hardware: Hardware
+    expert_bytes: int
+    capacity: int
+    per_layer: bool = False
+    policy: str = "lru"
+    host_capacity: int | None = None
+    host_policy: str = "lru"
+    cost: StepCost | None = None
+
+    @property
+    def tiers(self) -> int:
+        """Two or three."""
+        return len(self.hardware.links) + 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is prefetched.
+
+    Attributes:
+        predictions: what is foreseen. admission: what of it is fetched; None for nothing.
+        reach: for the oracle, events that it looks ahead; 0 where predictions are used.
+        seconds: from a router's output to the prediction; it delays prefetches and not the model.
+    """
+
+    name: str = "none"
+    predictions: Predictions = field(default_factory=Predictions.none)
+    admission: Admission | None = None
+    reach: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def oracle(cls, demand: Demand) -> Run:
+        """Knows everything, fetches in the order of need as early as there is room. With Belady's eviction."""
+        return cls(name="oracle", reach=demand.events)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. Counts are experts; times are seconds.
+
+    Attributes:
+        name: of the prefetcher. policy: of eviction. admission: of prefetches, empty for none.
+        expert_bytes: size of an expert. tokens, steps, events: of the demand.
+        seconds: the whole run. compute: of it, computing. stall: of it, waiting for experts.
+        link_seconds: that bytes passed on each link, from the lowest tier up.
+        counts, host_counts: phase name → count name → experts; see ``simulation.state.COUNTS``.
+        largest: most experts held at once. capacity: that could be.
+        end_J, stall_J: when each step ended and how long it waited, float64.
+        log: spans of the beginning, where they were asked for.
+    """
+
+    name: str
+    policy: str
+    admission: str
+    expert_bytes: int
+    tokens: int
+    steps: int
+    events: int
+    seconds: float
+    compute: float
+    stall: float
+    link_seconds: tuple[float, ...]
+    counts: dict[str, dict[str, int]]
+    host_counts: dict[str, dict[str, int]]
+    largest: int
+    capacity: int
+    end_J: NDArray[np.float64] = field(repr=False)
+    stall_J: NDArray[np.float64] = field(repr=False)
+    log: Log | None = field(default=None, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the whole run's time."""
+        return self.tokens / self.seconds if self.seconds > 0 else float("inf")
+
+    def count(self, name: str) -> int:
+        """A count on the device, of both phases."""
+        return sum(phase[name] for phase in self.counts.values())
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the experts that were needed, the share that was there."""
+        return self.count("hits") / max(1, self.count("accesses"))
+
+    @property
+    def demand_bytes(self) -> int:
+        """Moved to the device because they were needed."""
+        return self.count("misses") * self.expert_bytes
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """Moved to the device because they were foreseen."""
+        return self.count("prefetched") * self.expert_bytes
+
+    def group_seconds(self, demand: Demand) -> NDArray[np.float64]:
+        """Time of each batch of sequences: [G]. With one sequence at a time, of each document."""
+        lasting_J = np.diff(self.end_J, prepend=0.0)
+        return np.bincount(demand.group_J, weights=lasting_J)
+
+    def first_token_seconds(self, demand: Demand) -> NDArray[np.float64]:
+        """Time to first token of each batch of sequences that has a prompt: [G']."""
+        lasting_J = np.diff(self.end_J, prepend=0.0)
+        reading_J = demand.phase_J == Phase.PREFILL
+        seconds = np.bincount(demand.group_J, weights=lasting_J * reading_J)
+        return seconds[np.bincount(demand.group_J, weights=reading_J) > 0]
+
+    def output_token_seconds(self, demand: Demand) -> NDArray[np.float64]:
+        """Time of each step that writes: [J']."""
+        return np.diff(self.end_J, prepend=0.0)[demand.phase_J == Phase.DECODE]
+
+
+def stream_of(demand: Demand) -> Stream:
+    """The demand as compiled code takes it."""
+    return Stream(
+        demand.topology.layers,
+        demand.topology.experts,
+        demand.keys_M,
+        demand.tokens_M,
+        demand.starts_V,
+        demand.next_use_M,
+        demand.phase_J,
+        np.diff(demand.first_J),
+    )
+
+
+def capacities(machine: Machine, demand: Demand) -> NDArray[np.int64]:
+    """Experts that each of the device's caches holds: one number, or one a layer.
+
+    Raises:
+        SpecmoeError: less than a token needs, or a policy that cannot be.
+    """
+    topology = demand.topology
+    caches = topology.layers if machine.per_layer else 1
+    each = min(machine.capacity, topology.layers * topology.experts) // caches
+    if each < topology.top_k:
+        raise SpecmoeError(
+            f"a cache of {machine.capacity} experts{' split over the layers' if machine.per_layer else ''} is too small: "
+            f"a token needs {topology.top_k} of a layer at once; give at least {topology.top_k * caches} experts"
+        )
+    rest = min(machine.capacity, topology.layers * topology.experts) - each * caches
+    return np.array([each + (cache < rest) for cache in range(caches)], dtype=np.int64)
+
+
+def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans: int = 0) -> Outcome:
+    """Run a demand through a machine.
+
+    Args:
+        run: what is prefetched; None for nothing.
+        spans: how many spans of the timeline's beginning to keep.
+
+    Raises:
+        SpecmoeError: a cache that is too small, a policy that cannot be used so, or predictions of another demand.
+    """
+    run = run or Run()
+    topology, links = demand.topology, machine.hardware.links
+    _check(demand, machine, run)
+    cost = machine.cost or step_cost(machine.hardware, topology, machine.expert_bytes)
+    device = make_tier(
+        POLICIES[machine.policy].number, topology, capacities(machine, demand), links[-1], machine.expert_bytes
+    )
+    device.cache.keys["next_use"][: len(demand.first_use)] = demand.first_use
+    host = device
+    if machine.tiers == 3:
+        held = machine.host_capacity or topology.layers * topology.experts
+        host_capacity = np.array([min(held, topology.layers * topology.experts)], dtype=np.int64)
+        host = make_tier(POLICIES[machine.host_policy].number, topology, host_capacity, links[0], machine.expert_bytes)
+    plan = Plan(
+        horizons_H=np.array(run.predictions.horizons, dtype=np.int64),
+        experts_VHB=run.predictions.experts_VHB,
+        chance_VHB=run.predictions.chance_VHB,
+        reach=run.reach,
+        rule=run.admission.number if run.admission else ADMISSIONS["confidence"].number,
+        parameter=run.admission.parameter if run.admission else 2.0,
+        informed=POLICIES[machine.policy].needs == "predictor",
+        clairvoyant=POLICIES[machine.policy].needs == "future",
+    )
+    times = Times(
+        cost.layer_seconds,
+        cost.token_layer_seconds,
+        cost.expert_seconds,
+        cost.token_seconds,
+        cost.other_seconds,
+        run.seconds,
+    )
+    log = make_log(spans)
+    end_J, stall_J = np.zeros(demand.steps), np.zeros(demand.steps)
+    world = World(stream_of(demand), device, host, machine.tiers, times, plan, np.zeros(1, dtype=ESTIMATES), log)
+    seconds = run_timeline(world, end_J, stall_J)
+    tiers = [device] if machine.tiers == 2 else [host, device]
+    return Outcome(
+        name=run.name,
+        policy=machine.policy,
+        admission=str(run.admission) if run.admission else "",
+        expert_bytes=machine.expert_bytes,
+        tokens=demand.tokens,
+        steps=demand.steps,
+        events=demand.events,
+        seconds=seconds,
+        compute=compute_seconds(demand, cost),
+        stall=float(stall_J.sum()),
+        link_seconds=tuple(float(tier.own["busy"][0]) for tier in tiers),
+        counts={phase.name.lower(): counted(device, phase) for phase in Phase},
+        host_counts={phase.name.lower(): counted(host, phase) for phase in Phase} if machine.tiers == 3 else {},
+        largest=int(device.own["largest"][0]),
+        capacity=int(device.cache.caches["capacity"].sum()),
+        end_J=end_J,
+        stall_J=stall_J,
+        log=log if spans else None,
+    )
+
+
+def _check(demand: Demand, machine: Machine, run: Run) -> None:
+    predictions = run.predictions
+    if run.admission is not None and len(predictions.experts_VHB) not in {0, demand.events}:
+        raise SpecmoeError(
+            f"predictions for {len(predictions.experts_VHB)} events do not go with a demand of {demand.events}"
+        )
+    for policy, where in ((machine.policy, "device"), (machine.host_policy, "host")):
+        if policy not in POLICIES or policy == "belady-bypass":
+            raise SpecmoeError(f"policy {policy!r} cannot be simulated with a link; see `specmoe simulate --help`")
+        if where == "host" and POLICIES[policy].needs:
+            raise SpecmoeError(f"policy {policy!r} needs to know more than the host's cache does; use lru there")
+    if machine.tiers == 3 and machine.host_capacity is not None:
+        least = demand.topology.top_k + machine.hardware.links[0].parallelism
+        if machine.host_capacity < least:
+            raise SpecmoeError(f"a host cache of {machine.host_capacity} experts is too small; give at least {least}")
+
+
+def compute_seconds(demand: Demand, cost: StepCost) -> float:
+    """Computing alone, C: what the run would take if every expert were always there."""
+    tokens_J = np.diff(demand.first_J)
+    layers = demand.topology.layers
+    outside = demand.steps * cost.other_seconds + layers * (
+        demand.steps * cost.layer_seconds + float((tokens_J - 1).sum()) * cost.token_layer_seconds
+    )
+    extra = float(demand.tokens_M.sum()) - demand.accesses
+    return outside + demand.accesses * cost.expert_seconds + extra * cost.token_seconds
+
+
+def least_seconds(demand: Demand, machine: Machine, missed_V: NDArray[np.int64]) -> float:
+    """A time that no prefetcher and no eviction can go below on this machine.
+
+    Before an event is done, at least the experts must have passed the last link that the best eviction known would have
+    missed up to there (Belady, 1966, without forced admission); and computing goes one thing after the other.
+
+    Args:
+        missed_V: int64, misses of each event under that eviction.
+    """
+    cost = machine.cost or step_cost(machine.hardware, demand.topology, machine.expert_bytes)
+    link = machine.hardware.links[-1]
+    tokens_V = np.repeat(np.diff(demand.first_J), demand.topology.layers)
+    layer_V = cost.layer_seconds + (tokens_V - 1) * cost.token_layer_seconds
+    layer_V[:: demand.topology.layers] += cost.other_seconds
+    sizes_V = np.diff(demand.starts_V)
+    event_M = np.repeat(np.arange(demand.events), sizes_V)
+    further_V = np.bincount(event_M, weights=demand.tokens_M, minlength=demand.events) - sizes_V
+    experts_V = sizes_V * cost.expert_seconds + further_V * cost.token_seconds
+    return _least(layer_V, experts_V, missed_V, machine.expert_bytes / link.bandwidth, link.latency)
+
+
+@numba.njit(cache=True)
+def _least(
+    layer_V: NDArray[np.float64],
+    experts_V: NDArray[np.float64],
+    missed_V: NDArray[np.int64],
+    bus: float,
+    latency: float,
+) -> float:
+    now, loaded = 0.0, 0
+    for event in range(len(layer_V)):
+        now += layer_V[event]
+        loaded += missed_V[event]
+        if missed_V[event]:
+            now = max(now, latency + loaded * bus)
+        now += experts_V[event]
+    return now
