@@ -14,7 +14,7 @@ from torch import nn
 
 from specmoe.sources.families import Family, router_sites
 
-__all__ = ["machine_name", "measure_layer_us"]
+__all__ = ["decode_tokens", "machine_name", "measure_layer_us", "synchronise"]
 
 
 def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, steps: int = 50) -> float:
@@ -29,11 +29,11 @@ def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, st
 
     def before(_module: nn.Module, _arguments: Any) -> None:
         nonlocal started
-        _synchronise(model.device)
+        synchronise(model.device)
         started = time.perf_counter()
 
     def after(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-        _synchronise(model.device)
+        synchronise(model.device)
         seconds.append(time.perf_counter() - started)
 
     handles = []
@@ -44,7 +44,7 @@ def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, st
             handles.append(site.whole.register_forward_pre_hook(before))
             handles.append(site.whole.register_forward_hook(after))
         with torch.inference_mode():
-            _decode(model, family, stack, steps, seconds.clear)
+            decode_tokens(model, family, stack, steps, seconds.clear)
     finally:
         torch.set_num_threads(threads)
         for handle in handles:
@@ -52,7 +52,11 @@ def measure_layer_us(model: Any, family: Family, stack: str | None = None, *, st
     return sorted(seconds)[len(seconds) // 2] * 1e6
 
 
-def _decode(model: Any, family: Family, stack: str, steps: int, warmed_up: Callable[[], None]) -> None:
+def decode_tokens(model: Any, family: Family, stack: str, steps: int, warmed_up: Callable[[], None]) -> None:
+    """Run ``steps`` steps of one token behind 16 tokens, after a few to warm up; ``warmed_up`` is called in between.
+
+    What is to be timed is timed by hooks of the caller, who also chooses the threads and turns gradients off.
+    """
     prompt = torch.zeros(1, 16, dtype=torch.long, device=model.device)
     token = prompt[:, :1]
     if stack == "encoder":
@@ -74,7 +78,8 @@ def _decode(model: Any, family: Family, stack: str, steps: int, warmed_up: Calla
             warmed_up()
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
