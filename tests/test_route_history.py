@@ -8,6 +8,7 @@ import torch
 
 from specmoe.dataset import Window, routed_of
 from specmoe.predictors.base import Knowledge
+from specmoe.predictors.blocks import PartlySharedLinear
 from specmoe.predictors.history import add_token, averages_so_far, fading_averages, no_tokens
 from specmoe.predictors.recipes import with_recipe
 from specmoe.predictors.route_history import RouteHistoryPredictor
@@ -74,6 +75,35 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(cut[3, :10], whole[3, :10])
     torch.testing.assert_close(cut[2], whole[2])
     assert cut[3, 10:].abs().max() == 0
+
+
+def test_partly_shared_weights_are_the_sum_of_both_parts() -> None:
+    torch.manual_seed(0)
+    linear = PartlySharedLinear(3, 5, 4)
+    inputs = torch.randn(6, 3, 5)
+    with torch.no_grad():
+        # Until training says otherwise, all layers do the same.
+        torch.testing.assert_close(linear(inputs), inputs @ linear.shared)
+        linear.weight.normal_()
+        linear.bias.normal_()
+        whole = linear(inputs)
+        expected = torch.einsum("nlc,lcx->nlx", inputs, linear.whole()) + linear.bias
+        torch.testing.assert_close(whole, expected)
+        # One token, and one layer, take another path.
+        torch.testing.assert_close(linear(inputs[:1]), expected[:1])
+        for layer in range(3):
+            torch.testing.assert_close(linear(inputs[:, layer : layer + 1], layer)[:, 0], expected[:, layer])
+
+
+def test_horizons_that_point_to_one_layer_share_what_is_learned_of_it() -> None:
+    predictor = RouteHistoryPredictor(TOPOLOGY, (1, 2)).eval()
+    window = repeating_window(6)
+    with torch.no_grad():
+        before = predictor(window)
+        predictor.head.target[2].add_(torch.randn(predictor.head.target[2].shape))
+        changed = (before != predictor(window)).flatten(4).any(-1).any(0).any(0)
+    # Layer 2 is one ahead of layer 1 and two ahead of layer 0.
+    assert changed.nonzero().tolist() == [[0, 1], [1, 0]]
 
 
 def test_fading_averages_token_by_token() -> None:

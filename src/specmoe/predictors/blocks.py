@@ -147,6 +147,29 @@ class PerLayerLinear(nn.Module):
         return torch.baddbmm(self.bias[:, None], inputs_NLC.transpose(0, 1), self.weight).transpose(0, 1)
 
 
+class PartlySharedLinear(PerLayerLinear):
+    """A linear map whose weights are a part that all layers share plus each layer's own.
+
+    The own parts start at zero, and weight decay pulls them back there: what little data there is for each layer is
+    spent on how it differs from the others (regularised multi-task learning; Evgeniou & Pontil, 2004).
+    """
+
+    def __init__(self, layers: int, inputs: int, outputs: int) -> None:
+        super().__init__(layers, inputs, outputs)
+        self.shared = nn.Parameter(self.weight.detach()[0].clone())
+        nn.init.zeros_(self.weight)
+
+    def forward(self, inputs_NLC: Tensor, layer: int | None = None) -> Tensor:
+        """[N, L, C] → [N, L, X]; given a layer, [N, 1, C] → [N, 1, X] by that layer's weights."""
+        if layer is not None or len(inputs_NLC) == 1:
+            return super().forward(inputs_NLC, layer) + inputs_NLC @ self.shared
+        return torch.baddbmm(self.bias[:, None], inputs_NLC.transpose(0, 1), self.whole()).transpose(0, 1)
+
+    def whole(self) -> Tensor:
+        """Each layer's weights with the shared part: [L, C, X]."""
+        return self.weight + self.shared
+
+
 class ResidualBlock(nn.Module):
     """x + dropout(W₂ gelu(W₁ norm(x))): a pre-norm residual block (He et al., 2016; Xiong et al., 2020)."""
 

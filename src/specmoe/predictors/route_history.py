@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from specmoe.dataset import Window, routed_of
 from specmoe.predictors._tables import layer_counts, target_layers
 from specmoe.predictors.base import CompiledStep, Knowledge, Observation, Predictor, Recipe, State
-from specmoe.predictors.blocks import PerLayerLinear
+from specmoe.predictors.blocks import PartlySharedLinear, PerLayerLinear
 from specmoe.predictors.history import FADES, add_token, averages_so_far, fading_averages, no_tokens, normalised
-from specmoe.predictors.search import DROPOUT, SHARED, WIDTH, Choice
+from specmoe.predictors.search import DROPOUT, SHARED, WIDTH, Choice, Range
 from specmoe.predictors.vocabulary import Vocabulary, routing_components
 from specmoe.topology import Topology
 
@@ -40,8 +40,9 @@ class RouteHistoryPredictor(Predictor):
 
     An event (t, s) sees the ids of tokens t, t-1 and t-2; what token t was routed to at layers s, s-1 and s-2, and a
     sum over all its layers up to s; and, at the layers that the horizons point to, what the previous token was routed
-    to, two fading averages over all earlier tokens, and the average over earlier tokens with the same id. Embeddings
-    of ids start from the principal components of their mean routing in training.
+    to, two fading averages over all earlier tokens, and the average over earlier tokens with the same id; of these four
+    also a summary over all layers. Embeddings of ids start from the principal components of their mean routing in
+    training. The layers' networks share a part of their weights, and the horizons that point to one layer a head.
 
     All that does not depend on token t's own routing is worked out once a token, for all layers, so an event costs
     four small products. A trace's gate weights, logits and hidden states are not looked at.
@@ -52,23 +53,29 @@ class RouteHistoryPredictor(Predictor):
         sees="context",
         source="routing history as in Pre-gated MoE (Hwang et al., 2024) and MoE-Infinity (Xue et al., 2024), "
         "token ids as in OpenMoE (Xue et al., 2024), learned together",
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         epochs=6,
         batch_windows=4,
         window=64,
         objective="membership",
         scheduler="cosine",
         warmup=0.05,
-        weight_decay=0.02,
+        weight_decay=0.5,
         soft_targets=False,
         label_smoothing=0.0,
-        search=SHARED.but(batch_windows=Choice((2, 4, 8, 16)), width=WIDTH, dropout=DROPOUT, sharpness=None),
+        search=SHARED.but(
+            batch_windows=Choice((2, 4, 8, 16)),
+            weight_decay=Range(1e-2, 2.0, log=True),
+            width=WIDTH,
+            dropout=DROPOUT,
+            sharpness=None,
+        ),
     )
     memory = None
     # Inputs that an ablation leaves out: "token", "earlier" (tokens before), "same" (of them, those with the same id).
     without: ClassVar[frozenset[str]] = frozenset()
 
-    frequency_LE: Tensor
+    layer_SH: Tensor
 
     def __init__(self, topology: Topology, horizons: Sequence[int] = (1, 2, 3, 4)) -> None:
         super().__init__(topology, horizons)
@@ -81,27 +88,28 @@ class RouteHistoryPredictor(Predictor):
         self.embedding = nn.Embedding(_ROWS, _EMBEDDING)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.token_in = nn.Linear(_BEHIND * _EMBEDDING, self.token_width)
+        self.past_in = nn.Linear(layers * _CHANNELS * experts, self.token_width)
         self.token_mix = nn.Linear(self.token_width, self.token_width)
         self.history = PerLayerLinear(layers, _CHANNELS * experts, self.layer_width)
         self.routes = PerLayerLinear(layers, experts, self.layer_width)
         self.sum_routes = nn.Parameter(torch.randn(layers, experts, self.token_width) * 0.3)
-        self.from_token = PerLayerLinear(layers, self.token_width + len(self.horizons) * self.layer_width, self.width)
-        self.from_routes = PerLayerLinear(layers, _LAGS * self.layer_width + self.token_width, self.width)
+        self.from_token = PartlySharedLinear(
+            layers, self.token_width + len(self.horizons) * self.layer_width, self.width
+        )
+        self.from_routes = PartlySharedLinear(layers, _LAGS * self.layer_width + self.token_width, self.width)
         self.norm_in, self.norm_out = nn.LayerNorm(self.width), nn.LayerNorm(self.width)
-        self.mix_in = PerLayerLinear(layers, self.width, self.width)
-        self.mix_out = PerLayerLinear(layers, self.width, self.width)
-        self.head = PerLayerLinear(layers, self.width, len(self.horizons) * experts)
+        self.mix_in = PartlySharedLinear(layers, self.width, self.width)
+        self.mix_out = PartlySharedLinear(layers, self.width, self.width)
+        self.register_buffer("layer_SH", target_layers(topology, self.horizons), persistent=False)
+        self.head = _TargetHead(self.layer_SH, self.width, experts)
         with torch.no_grad():
             self.routes.weight.mul_(3)
-            self.mix_out.weight.mul_(0.3)
-            self.head.weight.mul_(0.3)
+            self.mix_out.shared.mul_(0.3)
         self.dropout = nn.Dropout(self.recipe.dropout)
-        self.register_buffer("layer_SH", target_layers(topology, self.horizons), persistent=False)
         # The sum over layers grows with their number; its scale should not.
         depth = (topology.top_k * torch.arange(1.0, layers + 1)).rsqrt()
         self.register_buffer("scale_L", depth, persistent=False)
 
-    layer_SH: Tensor
     scale_L: Tensor
 
     def prepare(self, knowledge: Knowledge) -> None:
@@ -120,8 +128,7 @@ class RouteHistoryPredictor(Predictor):
         history = self._history(window)[own_BT]
         rows = self._hidden_now_and_then(self.vocabulary(_behind(window.token_ids_BT, _BEHIND)))[own_BT]
         routed_NLE = window.routed_BTLE[own_BT]
-        token = self._token(rows)
-        known = self._known_before(token, self.history(history))
+        known = self._known_before(rows, history)
         # Layers that do not exist count as no expert at all.
         recent = F.pad(self.routes(routed_NLE), (0, 0, _LAGS - 1, 0))
         layers = self.topology.layers
@@ -133,20 +140,21 @@ class RouteHistoryPredictor(Predictor):
         scored[own_BT] = logits.flatten(1)
         return scored.view(shape)
 
-    def _token(self, rows: Tensor) -> Tensor:
-        """Rows of the current id and those before it [..., 3] → [..., C]."""
-        token = self.token_in(self.dropout(self.embedding(rows).flatten(-2)))
-        return token + self.token_mix(F.gelu(token))
+    def _known_before(self, rows_NB: Tensor, history_NLC: Tensor) -> Tensor:
+        """The share of the first layer's input that is known when a token begins: [N, S, width].
 
-    def _known_before(self, token_NC: Tensor, history_NLC: Tensor) -> Tensor:
-        """The share of the first layer's input that is known when a token begins: [N, S, width]."""
-        if "token" in self.without:
-            token_NC = torch.zeros_like(token_NC)
+        Args:
+            rows_NB: of the current id and those before it. history_NLC: all channels of the history.
+        """
         if "earlier" in self.without:
             history_NLC = torch.zeros_like(history_NLC)
-        at_targets = history_NLC[:, self.layer_SH].flatten(-2)
-        token = token_NC[:, None].expand(-1, self.topology.layers, -1)
-        return self.from_token(torch.cat([token, at_targets], -1))
+        ids = self.token_in(self.dropout(self.embedding(rows_NB).flatten(-2)))
+        if "token" in self.without:
+            ids = torch.zeros_like(ids)
+        token = ids + self.past_in(history_NLC.flatten(1))
+        token = token + self.token_mix(F.gelu(token))
+        at_targets = self.history(history_NLC)[:, self.layer_SH].flatten(-2)
+        return self.from_token(torch.cat([token[:, None].expand(-1, self.topology.layers, -1), at_targets], -1))
 
     def _score(self, known: Tensor, routes: Tensor, layer: int | None) -> Tensor:
         """[N, S, width] and [N, S, C] → logits [N, S, H·E], for all source layers or for one."""
@@ -212,12 +220,42 @@ class RouteHistoryPredictor(Predictor):
         same = nothing if "same" in self.without else memory.get(f"id {token_id}", nothing)
         same = same / memory.get(f"count {token_id}", torch.ones(()))
         channels = torch.cat([memory.get("routed", nothing), averages_so_far(memory), same], -1)
-        token = self._token(self.vocabulary(memory["ids"]))
-        memory["known"] = self._known_before(token[None], self.history(channels[None]))[0]
+        memory["known"] = self._known_before(self.vocabulary(memory["ids"])[None], channels[None])[0]
         memory["routed"] = nothing
         memory["recent"] = torch.zeros(layers + _LAGS - 1, self.layer_width)
         memory["total"] = torch.zeros(self.token_width)
         memory["layer"] = torch.zeros((), dtype=torch.long)
+
+
+class _TargetHead(nn.Module):
+    """Logits of the layers that the horizons point to.
+
+    The weights of source layer s and horizon h are those of the layer pointed to, with a gain for each input, plus a
+    part of their own that starts at zero: what all horizons need to know of a layer is learned once.
+    """
+
+    layer_SH: Tensor
+
+    def __init__(self, layer_SH: Tensor, width: int, experts: int) -> None:
+        super().__init__()
+        layers, horizons = layer_SH.shape
+        self.register_buffer("layer_SH", layer_SH, persistent=False)
+        self.target = nn.Parameter((torch.rand(layers, width, experts) * 2 - 1) * 0.3 * width**-0.5)
+        self.gain = nn.Parameter(torch.ones(layers, horizons, width))
+        self.weight = nn.Parameter(torch.zeros(layers, width, horizons * experts))
+        self.bias = nn.Parameter(torch.zeros(layers, horizons * experts))
+
+    def whole(self, layer: int | None = None) -> Tensor:
+        """The weights of all source layers [S, width, H·E], or of one [1, width, H·E]."""
+        which = slice(None) if layer is None else slice(layer, layer + 1)
+        tied_SHWE = self.target[self.layer_SH[which]] * self.gain[which, :, :, None]
+        return self.weight[which] + tied_SHWE.transpose(1, 2).flatten(2)
+
+    def forward(self, inputs_NSC: Tensor, layer: int | None = None) -> Tensor:
+        """[N, S, width] → [N, S, H·E]; given a layer, [N, 1, width] → [N, 1, H·E] by that layer's weights."""
+        if layer is not None:
+            return inputs_NSC @ self.whole(layer)[0] + self.bias[layer]
+        return torch.baddbmm(self.bias[:, None], inputs_NSC.transpose(0, 1), self.whole()).transpose(0, 1)
 
 
 def _behind(ids_BT: Tensor, count: int) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
+from torch import Tensor
 
 from specmoe.predictors.base import CompiledStep, Observation, State
 from specmoe.predictors.compiled.kernels import F32, add_product, gelu, mixed, scaled_norm
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledRouteHistory"]
 
+# Where it stands among the weights.
+_HEAD_BIAS = 10
+
 
 class CompiledRouteHistory(CompiledStep):
     """Weights as arrays, and one compiled call an event; what is worked out once a token is left to PyTorch."""
@@ -24,11 +28,10 @@ class CompiledRouteHistory(CompiledStep):
     def __init__(self, predictor: RouteHistoryPredictor) -> None:
         self.predictor = predictor
         self.shape = (len(predictor.horizons), predictor.topology.experts)
-        routes, mix_in, mix_out, head = predictor.routes, predictor.mix_in, predictor.mix_out, predictor.head
-        into = predictor.from_routes
+        mix_in, mix_out, head = predictor.mix_in, predictor.mix_out, predictor.head
         norms = (predictor.norm_in, predictor.norm_out)
-        layered = (routes.weight, routes.bias, predictor.sum_routes, predictor.scale_L, into.weight, into.bias)
-        layered += (mix_in.weight, mix_in.bias, mix_out.weight, mix_out.bias, head.weight, head.bias)
+        layered = (*_lag_tables(predictor), predictor.sum_routes, predictor.scale_L)
+        layered += (mix_in.whole(), mix_in.bias, mix_out.whole(), mix_out.bias, head.whole(), head.bias)
         shared = tuple(part for norm in norms for part in (norm.weight, norm.bias))
         self.weights = tuple(np.ascontiguousarray(part.detach().cpu().float().numpy()) for part in layered + shared)
         self.spare = np.empty((3, predictor.width), np.float32)
@@ -43,12 +46,32 @@ class CompiledRouteHistory(CompiledStep):
         memory, layer = state.memory, observation.layer
         if "routed" not in memory or layer <= int(memory["layer"]):
             self.predictor.begin_token(memory, observation.token_id)
-            state.views = tuple(memory[name].numpy() for name in ("known", "routed", "recent", "total", "layer"))
-        known, routed, recent, total, last = state.views
+            state.views = tuple(memory[name].numpy() for name in ("known", "routed", "total", "layer"))
+        known, routed, total, last = state.views
         last[()] = layer
-        logits = self.weights[11][layer].copy()
-        _event(layer, observation.expert_ids.numpy(), known, routed, recent, total, self.spare, logits, *self.weights)
+        logits = self.weights[_HEAD_BIAS][layer].copy()
+        _event(layer, observation.expert_ids.numpy(), known, routed, total, self.spare, logits, *self.weights)
         return logits.reshape(self.shape)
+
+
+@torch.no_grad()
+def _lag_tables(predictor: RouteHistoryPredictor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each expert chosen here or shortly before adds to the features, worked out ahead.
+
+    Returns:
+        [S, lags, E, width], the rest of that map's weights [S, C, width], and its bias [S, width].
+    """
+    routes, into = predictor.routes, predictor.from_routes.whole()
+    layers, width = predictor.topology.layers, routes.weight.shape[-1]
+    lags = (into.shape[1] - predictor.token_width) // width
+    tables, bias = [], predictor.from_routes.bias.clone()
+    for lag in range(lags):
+        part = into[:, lag * width : (lag + 1) * width]
+        before = (torch.arange(layers, device=into.device) - lag).clamp_min(0)
+        tables.append(routes.weight[before] @ part)
+        # Where there is no layer that far back, nothing is added.
+        bias[lag:] += (routes.bias[before, None] @ part)[lag:, 0]
+    return torch.stack(tables, 1), into[:, lags * width :], bias
 
 
 @njit(fastmath=True)
@@ -57,16 +80,14 @@ def _event(
     expert_ids: NDArray[np.int64],
     known: F32,
     routed: F32,
-    recent: F32,
     total: F32,
     spare: F32,
     logits: F32,
-    routes: F32,
-    routes_bias: F32,
-    sum_routes: F32,
-    scale: F32,
+    lagged: F32,
     into: F32,
     into_bias: F32,
+    sum_routes: F32,
+    scale: F32,
     mix_in: F32,
     mix_in_bias: F32,
     mix_out: F32,
@@ -78,20 +99,18 @@ def _event(
     norm_out: F32,
     norm_out_bias: F32,
 ) -> None:
-    lags, width = recent.shape[0] - known.shape[0] + 1, recent.shape[1]
-    here = layer + lags - 1
-    recent[here] = routes_bias[layer]
+    features, normal, inner = spare[0], spare[1], spare[2]
     for expert in expert_ids:
         # What is no expert of this layer, an empty slot or a zero expert, counts nothing; a repeated one counts once.
         if expert >= 0 and expert < routed.shape[1] and routed[layer, expert] == 0:
             routed[layer, expert] = 1
-            recent[here] += routes[layer, expert]
             total += sum_routes[layer, expert]
-    features, normal, inner = spare[0], spare[1], spare[2]
     features[:] = known[layer] + into_bias[layer]
-    for lag in range(lags):
-        add_product(recent[here - lag], into[layer, lag * width : (lag + 1) * width], features)
-    add_product(total * scale[layer], into[layer, lags * width :], features)
+    for lag in range(min(lagged.shape[1], layer + 1)):
+        for expert in range(routed.shape[1]):
+            if routed[layer - lag, expert] != 0:
+                features += lagged[layer, lag, expert]
+    add_product(total * scale[layer], into[layer], features)
     scaled_norm(features, norm_in, norm_in_bias, normal)
     mixed(features, mix_in[layer], mix_in_bias[layer], mix_out[layer], mix_out_bias[layer], normal, inner)
     scaled_norm(features, norm_out, norm_out_bias, normal)
