@@ -25,6 +25,7 @@ from specmoe.cli import (
     training,
     tuning,
     validating,
+    verdict,
 )
 from specmoe.errors import SpecmoeError
 
@@ -52,6 +53,7 @@ for module in (
     comparing,
     studying,
     simulating,
+    verdict,
     hardware,
     listing,
     pretraining,

@@ -19,7 +19,7 @@ from specmoe.suite.data import SuiteData, trace_fingerprint
 from specmoe.suite.jobs import Job, load_calibration, load_predictor
 from specmoe.trace import Trace
 
-__all__ = ["FinishedRun", "Member", "choose_members", "load_member", "open_run", "seeds_of"]
+__all__ = ["FinishedRun", "Member", "choose_members", "load_member", "members_of", "open_run", "seeds_of"]
 
 _MODEL = "model.safetensors"
 
@@ -102,6 +102,28 @@ def choose_members(
     Raises:
         SpecmoeError: a name that the run does not have or that has no weights, or fewer than two members.
     """
+    members, left_out = members_of(run, names)
+    if not names:
+        members = members[:top]
+    if len(members) < 2:
+        why = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
+        raise SpecmoeError(
+            f"an ensemble needs at least two members, this run offers {len(members)}{why}; train more predictors"
+            if not names
+            else f"an ensemble needs at least two members, got {', '.join(dict.fromkeys(names))}"
+        )
+    return members, left_out
+
+
+def members_of(run: FinishedRun, names: Sequence[str] | None = None) -> tuple[list[Member], dict[str, str]]:
+    """Predictors of a run whose weights are there, best by the validation part first, and of the others: name → why.
+
+    Args:
+        names: exactly these; None for all.
+
+    Raises:
+        SpecmoeError: a name that the run does not have or that has no weights.
+    """
     by_name = {p.name: p for p in run.results.predictors}
     left_out: dict[str, str] = {}
     members = []
@@ -117,15 +139,6 @@ def choose_members(
         if names:
             raise SpecmoeError(f"{name} cannot be a member: {left_out[name]}")
     members.sort(key=lambda member: -member.validation)
-    if not names:
-        members = members[:top]
-    if len(members) < 2:
-        why = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
-        raise SpecmoeError(
-            f"an ensemble needs at least two members, this run offers {len(members)}{why}; train more predictors"
-            if not names
-            else f"an ensemble needs at least two members, got {', '.join(wanted)}"
-        )
     return members, left_out
 
 

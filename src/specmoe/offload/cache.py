@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
+from specmoe.offload.compiled import compiled
 from specmoe.offload.demand import Demand
 from specmoe.offload.policies.dispatch import admit, hit, insert, victim
 from specmoe.offload.policies.registry import policy_named
@@ -130,7 +130,10 @@ def replay_cache(
     future = info.needs == "future"
     next_use_M = demand.next_use_M if future else np.zeros(0, dtype=np.int64)
     missed_M = np.zeros(demand.accesses if keep_misses else 0, dtype=np.bool_)
-    totals, misses_L = _replay(
+    totals = np.zeros(5, dtype=np.int64)
+    misses_L = np.zeros(demand.topology.layers, dtype=np.int64)
+    unused_N = np.ones(state.experts, dtype=np.bool_)
+    _replay(
         info.number,
         state,
         demand.keys_M,
@@ -139,18 +142,23 @@ def replay_cache(
         next_use_M,
         np.ascontiguousarray(wanted, dtype=np.float32),
         missed_M,
+        unused_N,
+        np.zeros(state.experts, dtype=np.bool_),
+        misses_L,
+        totals,
     )
+    cold, evictions, bypassed, prefill_accesses, prefill_misses = totals.tolist()
     return CacheCounts(
         policy,
         capacity,
         per_layer,
         demand.accesses,
-        int(totals[0]),
-        int(totals[1]),
-        int(totals[2]),
-        int(totals[3]),
-        int(totals[4]),
-        int(totals[5]),
+        int(misses_L.sum()),
+        cold,
+        evictions,
+        bypassed,
+        prefill_accesses,
+        prefill_misses,
         misses_L,
         missed_M if keep_misses else None,
     )
@@ -191,7 +199,7 @@ def miss_ratio_curves(
     return {name: counts[i * len(capacities) : (i + 1) * len(capacities)] for i, name in enumerate(names)}
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _replay(
     policy: int,
     state: PolicyState,
@@ -201,14 +209,15 @@ def _replay(
     next_use_M: NDArray[np.int64],
     wanted_VE: NDArray[np.float32],
     missed_M: NDArray[np.bool_],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Misses, cold ones, evictions, bypassed, prefill accesses and prefill misses; and misses of each layer."""
+    unused_N: NDArray[np.bool_],
+    missed_here_N: NDArray[np.bool_],
+    misses_L: NDArray[np.int64],
+    totals: NDArray[np.int64],
+) -> None:
+    """Fill misses of each layer, and cold ones, evictions, bypassed, prefill accesses and prefill misses."""
     layers = state.layers
     experts = state.experts // layers
     future, wishes, keep = len(next_use_M) > 0, len(wanted_VE) > 0, len(missed_M) > 0
-    misses_L = np.zeros(layers, dtype=np.int64)
-    seen_N = np.zeros(state.experts, dtype=np.bool_)
-    missed_here = np.zeros(state.experts, dtype=np.bool_)
     cold = evictions = bypassed = prefill_accesses = prefill_misses = 0
     stamp = 0
     layer = 0
@@ -226,13 +235,12 @@ def _replay(
                 state.keys[key].next_use = next_use_M[access]
             if state.keys[key].resident:
                 state.keys[key].pinned = stamp
-                missed_here[access - first] = False
+                missed_here_N[key] = False
             else:
-                missed_here[access - first] = True
+                missed_here_N[key] = True
                 misses += 1
-                if not seen_N[key]:
-                    seen_N[key] = True
-                    cold += 1
+                cold += unused_N[key]
+                unused_N[key] = False
                 if keep:
                     missed_M[access] = True
         misses_L[layer] += misses
@@ -241,8 +249,8 @@ def _replay(
             prefill_misses += misses
         for access in range(last - 1, first - 1, -1):
             key = keys_M[access]
-            if not missed_here[access - first]:
-                # A wave's release may have let it go again; it has been used all the same.
+            if not missed_here_N[key]:
+                # The release of a wave may have let it go before its turn; it was used all the same.
                 if state.keys[key].resident:
                     hit(policy, state, key, event)
                 continue
@@ -266,5 +274,5 @@ def _replay(
         layer += 1
         if layer == layers:
             layer = 0
-    totals = np.array([misses_L.sum(), cold, evictions, bypassed, prefill_accesses, prefill_misses])
-    return totals, misses_L
+    totals[0], totals[1], totals[2] = cold, evictions, bypassed
+    totals[3], totals[4] = prefill_accesses, prefill_misses

@@ -16,7 +16,8 @@ from specmoe.offload.hardware.profile import Hardware
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.prefetchers.predictions import Predictions
 from specmoe.offload.simulation.state import Log, counted, make_log, make_tier
-from specmoe.offload.simulation.timeline import ESTIMATES, Plan, Stream, Times, World, run_timeline
+from specmoe.offload.simulation.timeline import run_timeline
+from specmoe.offload.simulation.world import ESTIMATES, Plan, Stream, Times, World
 from specmoe.trace.record import Phase
 
 __all__ = ["Machine", "Outcome", "Run", "simulate"]
@@ -132,7 +133,7 @@ class Outcome:
     def group_seconds(self, demand: Demand) -> NDArray[np.float64]:
         """Time of each batch of sequences: [G]. With one sequence at a time, of each document."""
         lasting_J = np.diff(self.end_J, prepend=0.0)
-        return np.bincount(demand.group_J, weights=lasting_J)
+        return np.bincount(demand.group_J, weights=lasting_J).astype(np.float64)
 
     def first_token_seconds(self, demand: Demand) -> NDArray[np.float64]:
         """Time to first token of each batch of sequences that has a prompt: [G']."""
@@ -171,8 +172,8 @@ def capacities(machine: Machine, demand: Demand) -> NDArray[np.int64]:
     each = min(machine.capacity, topology.layers * topology.experts) // caches
     if each < topology.top_k:
         raise SpecmoeError(
-            f"a cache of {machine.capacity} experts{' split over the layers' if machine.per_layer else ''} is too small: "
-            f"a token needs {topology.top_k} of a layer at once; give at least {topology.top_k * caches} experts"
+            f"a cache of {machine.capacity} experts{' split by layers' if machine.per_layer else ''} is too small: a "
+            f"token needs {topology.top_k} of a layer at once; give at least {topology.top_k * caches} experts"
         )
     rest = min(machine.capacity, topology.layers * topology.experts) - each * caches
     return np.array([each + (cache < rest) for cache in range(caches)], dtype=np.int64)
@@ -222,7 +223,14 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
     log = make_log(spans)
     end_J, stall_J = np.zeros(demand.steps), np.zeros(demand.steps)
     world = World(stream_of(demand), device, host, machine.tiers, times, plan, np.zeros(1, dtype=ESTIMATES), log)
-    seconds = run_timeline(world, end_J, stall_J)
+    seconds = run_timeline(
+        world,
+        end_J,
+        stall_J,
+        np.zeros(topology.layers * topology.experts),
+        np.zeros(2, dtype=np.int64),
+        np.zeros(topology.experts, dtype=np.bool_),
+    )
     tiers = [device] if machine.tiers == 2 else [host, device]
     return Outcome(
         name=run.name,
@@ -292,7 +300,10 @@ def least_seconds(demand: Demand, machine: Machine, missed_V: NDArray[np.int64])
     event_M = np.repeat(np.arange(demand.events), sizes_V)
     further_V = np.bincount(event_M, weights=demand.tokens_M, minlength=demand.events) - sizes_V
     experts_V = sizes_V * cost.expert_seconds + further_V * cost.token_seconds
-    return _least(layer_V, experts_V, missed_V, machine.expert_bytes / link.bandwidth, link.latency)
+    size = machine.expert_bytes
+    return _least(
+        layer_V, experts_V, missed_V, size / link.bandwidth, link.latency, link.seconds(size) / link.parallelism
+    )
 
 
 @numba.njit(cache=True)
@@ -302,12 +313,13 @@ def _least(
     missed_V: NDArray[np.int64],
     bus: float,
     latency: float,
+    slot: float,
 ) -> float:
     now, loaded = 0.0, 0
     for event in range(len(layer_V)):
         now += layer_V[event]
         loaded += missed_V[event]
         if missed_V[event]:
-            now = max(now, latency + loaded * bus)
+            now = max(now, latency + loaded * bus, loaded * slot)
         now += experts_V[event]
     return now

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numba
+from specmoe.offload.compiled import compiled
 
 __all__ = ["admits"]
 
 
-@numba.njit(cache=True)
+@compiled()
 def admits(chance: float, least: float) -> bool:
     """``chance``: calibrated probability that the expert is needed. ``least``: the cut."""
     return chance >= least

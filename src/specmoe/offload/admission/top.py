@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numba
+from specmoe.offload.compiled import compiled
 
 __all__ = ["admits"]
 
 
-@numba.njit(cache=True)
+@compiled()
 def admits(place: int, budget: float) -> bool:
     """``place``: rank of the expert in its prediction, from 0. ``budget``: b."""
     return place < budget

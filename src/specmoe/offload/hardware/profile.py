@@ -48,6 +48,10 @@ class Link(_Data):
         """Time of one transfer of ``size`` bytes when nothing else is under way."""
         return self.latency + size / self.bandwidth
 
+    def least_seconds(self, size: float) -> float:
+        """Time that each of many transfers takes at least: the bus or the slots are full."""
+        return max(size / self.bandwidth, self.seconds(size) / self.parallelism)
+
 
 class ModelCost(_Data):
     """What one model's parts cost on a device, measured; times in seconds.

@@ -6,22 +6,21 @@ leaves first.
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.heap import add, pop_unpinned, settle
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """Its next use lies further away now."""
     state.keys[key].score = -state.keys[key].next_use
     settle(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """Into the heap by its next use."""
     state.keys[key].score = -state.keys[key].next_use
@@ -29,7 +28,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     add(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """Furthest next use."""
     return pop_unpinned(state, group)

@@ -7,15 +7,14 @@ it needs room for the experts that it passes by.
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.heap import top_unpinned
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["admit"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def admit(state: PolicyState, key: int, now: int) -> bool:
     """Is something held, and not in use, that is needed later than this key? Asked when its cache is full."""
     top = top_unpinned(state, state.keys[key].group)

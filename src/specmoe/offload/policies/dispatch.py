@@ -6,8 +6,7 @@ A new policy is a file with ``hit``, ``insert`` and ``victim``, a number and thr
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies import (
     belady,
     belady_bypass,
@@ -42,7 +41,7 @@ __all__ = [
 LRU, LFU, LFU_AGED, SLRU, S3_FIFO, SIEVE, LEAST_STALE, PREDICTED, BELADY, BELADY_BYPASS = range(10)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(policy: int, state: PolicyState, key: int, now: int) -> None:
     """A resident key is used by event ``now``."""
     if policy == LRU:
@@ -65,7 +64,7 @@ def hit(policy: int, state: PolicyState, key: int, now: int) -> None:
         belady.hit(state, key, now)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(policy: int, state: PolicyState, key: int, now: int) -> None:
     """A key has just become resident, during event ``now``."""
     if policy == LRU:
@@ -88,7 +87,7 @@ def insert(policy: int, state: PolicyState, key: int, now: int) -> None:
         belady.insert(state, key, now)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(policy: int, state: PolicyState, group: int, now: int) -> int:
     """The key that leaves a cache, already forgotten by the policy; -1 if every one is in use."""
     if policy == LRU:
@@ -110,7 +109,7 @@ def victim(policy: int, state: PolicyState, group: int, now: int) -> int:
     return belady.victim(state, group, now)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def admit(policy: int, state: PolicyState, key: int, now: int) -> bool:
     """Shall a missed key be kept? To be asked when its cache is full, before ``victim``; only one policy says no.
 

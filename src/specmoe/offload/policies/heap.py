@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["add", "pop_unpinned", "settle", "top_unpinned"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def add(state: PolicyState, key: int) -> None:
-    """Put a key into its cache's heap; ``score_N`` and ``used_N`` are set before."""
+    """Put a key into its cache's heap; its ``score`` and ``used`` are set before."""
     group = state.keys[key].group
     spot = state.caches[group].heap_size
     state.caches[group].heap_size = spot + 1
     _rise(state, state.caches[group].first, spot, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def settle(state: PolicyState, key: int) -> None:
     """Put a key in its place again after its score has changed."""
     group = state.keys[key].group
@@ -29,25 +28,29 @@ def settle(state: PolicyState, key: int) -> None:
         _sink(state, first, state.caches[group].heap_size, spot, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def pop_unpinned(state: PolicyState, group: int) -> int:
     """Take out the first key that is not in use; -1 if there is none."""
-    aside = 0
+    first = state.caches[group].first
+    whole = state.caches[group].heap_size
     found = -1
-    while state.caches[group].heap_size > 0:
-        key = state.heap_N[state.caches[group].first]
+    while found < 0 and state.caches[group].heap_size > 0:
+        key = state.heap_N[first]
         _drop_root(state, group)
         if state.keys[key].pinned != state.clock[0].stamp:
             found = key
-            break
-        state.keys[aside].scratch = key
-        aside += 1
-    for place in range(aside):
-        add(state, state.keys[place].scratch)
+        else:
+            # The heap has just become one place shorter: that place keeps the key until it is put back.
+            state.heap_N[first + state.caches[group].heap_size] = key
+    aside = whole - state.caches[group].heap_size - (found >= 0)
+    begin = first + whole - aside
+    for place in range(begin, begin + aside):
+        # In the order from the last one set aside; adding one never reaches beyond its own place.
+        add(state, state.heap_N[place])
     return found
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def top_unpinned(state: PolicyState, group: int) -> int:
     """The key that :func:`pop_unpinned` would take out, which stays."""
     if state.caches[group].heap_size > 0:
@@ -60,7 +63,7 @@ def top_unpinned(state: PolicyState, group: int) -> int:
     return key
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _drop_root(state: PolicyState, group: int) -> None:
     first = state.caches[group].first
     state.keys[state.heap_N[first]].place = -1
@@ -70,7 +73,7 @@ def _drop_root(state: PolicyState, group: int) -> None:
         _sink(state, first, size, 0, state.heap_N[first + size])
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _rise(state: PolicyState, first: int, spot: int, key: int) -> None:
     """A key belongs to ``spot`` or above it: move smaller ancestors' places up until it fits."""
     score, used = state.keys[key].score, state.keys[key].used
@@ -87,7 +90,7 @@ def _rise(state: PolicyState, first: int, spot: int, key: int) -> None:
     state.keys[key].place = first + spot
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _sink(state: PolicyState, first: int, size: int, spot: int, key: int) -> None:
     """A key belongs to ``spot`` or below it."""
     score, used = state.keys[key].score, state.keys[key].used
@@ -100,7 +103,9 @@ def _sink(state: PolicyState, first: int, size: int, spot: int, key: int) -> Non
         if below + 1 < size:
             right = state.heap_N[first + below + 1]
             right_score = state.keys[right].score
-            if right_score < child_score or (right_score == child_score and state.keys[right].used < state.keys[child].used):
+            if right_score < child_score or (
+                right_score == child_score and state.keys[right].used < state.keys[child].used
+            ):
                 below, child, child_score = below + 1, right, right_score
         if score < child_score or (score == child_score and used <= state.keys[child].used):
             break

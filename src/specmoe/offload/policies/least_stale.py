@@ -13,29 +13,28 @@ In a cache for each layer this is LRU.
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.queues import link, oldest_unpinned, unlink
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """To the newest end of its layer."""
     unlink(state, key)
     insert(state, key, now)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """To the newest end of its layer, with the number of the forward pass."""
     state.keys[key].used = now // state.layers
     link(state, key, _sentinel(state, state.keys[key].layer))
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """The first stale key found going back through the layers, else the first of the others."""
     running = now // state.layers
@@ -55,6 +54,6 @@ def victim(state: PolicyState, group: int, now: int) -> int:
     return fallback
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _sentinel(state: PolicyState, layer: int) -> int:
     return state.experts + len(state.caches) * QUEUES + layer

@@ -6,15 +6,14 @@ starts from one again.
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.heap import add, pop_unpinned, settle
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """One use more."""
     state.clock[0].tick += 1
@@ -23,7 +22,7 @@ def hit(state: PolicyState, key: int, now: int) -> None:
     settle(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """The first use."""
     state.clock[0].tick += 1
@@ -32,7 +31,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     add(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """Fewest uses."""
     return pop_unpinned(state, group)

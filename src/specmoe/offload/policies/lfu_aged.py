@@ -7,15 +7,14 @@ recently used of equals, and the age becomes that value. So a key that was used 
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.heap import add, pop_unpinned, settle
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """One use more, at the age of now."""
     state.keys[key].count += 1
@@ -23,7 +22,7 @@ def hit(state: PolicyState, key: int, now: int) -> None:
     settle(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """The first use, at the age of now."""
     state.keys[key].count = 1
@@ -31,7 +30,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     add(state, key)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """The least value, which becomes the age."""
     key = pop_unpinned(state, group)
@@ -40,7 +39,7 @@ def victim(state: PolicyState, group: int, now: int) -> int:
     return key
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _value(state: PolicyState, key: int) -> None:
     state.clock[0].tick += 1
     state.keys[key].used = state.clock[0].tick

@@ -6,21 +6,22 @@ so all keys of the cache are looked at when one has to leave: the cost grows wit
 
 from __future__ import annotations
 
-import numba
+import numpy as np
 
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """Note when it was used."""
     state.clock[0].tick += 1
     state.keys[key].used = state.clock[0].tick
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """To the end of the cache's keys, which stand in no order."""
     state.clock[0].tick += 1
@@ -32,21 +33,21 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     state.caches[group].heap_size += 1
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """Look at all of them."""
     first, size = state.caches[group].first, state.caches[group].heap_size
-    found = -1
+    stamp = state.clock[0].stamp
+    found, least, oldest = -1, np.inf, np.int64(0)
     for place in range(first, first + size):
         key = state.heap_N[place]
-        if state.keys[key].pinned == state.clock[0].stamp:
-            continue
+        wanted = state.keys[key].wanted
         if (
-            found < 0
-            or state.keys[key].wanted < state.keys[found].wanted
-            or (state.keys[key].wanted == state.keys[found].wanted and state.keys[key].used < state.keys[found].used)
+            wanted <= least
+            and (wanted < least or state.keys[key].used < oldest or found < 0)
+            and state.keys[key].pinned != stamp
         ):
-            found = key
+            found, least, oldest = key, wanted, state.keys[key].used
     if found >= 0:
         last = state.heap_N[first + size - 1]
         state.heap_N[state.keys[found].place] = last

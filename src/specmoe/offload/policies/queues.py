@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
 __all__ = ["link", "oldest_unpinned", "push", "remove", "sentinel_of", "unlink"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def sentinel_of(state: PolicyState, group: int, queue: int) -> int:
     """Where a queue begins and ends."""
     return state.experts + group * QUEUES + queue
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def link(state: PolicyState, key: int, sentinel: int) -> None:
     """Put a key that is in no list at the newest end of one."""
     after = state.keys[sentinel].next
@@ -25,7 +24,7 @@ def link(state: PolicyState, key: int, sentinel: int) -> None:
     state.keys[sentinel].next = key
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def unlink(state: PolicyState, key: int) -> None:
     """Take a key out of the list that it is in."""
     before, after = state.keys[key].previous, state.keys[key].next
@@ -33,7 +32,7 @@ def unlink(state: PolicyState, key: int) -> None:
     state.keys[after].previous = before
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def push(state: PolicyState, key: int, queue: int) -> None:
     """Put a key that is in no queue at the newest end of one of its cache's queues."""
     group = state.keys[key].group
@@ -42,7 +41,7 @@ def push(state: PolicyState, key: int, queue: int) -> None:
     state.lengths_GQ[group, queue] += 1
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def remove(state: PolicyState, key: int) -> None:
     """Take a key out of the queue that it is in."""
     unlink(state, key)
@@ -50,7 +49,7 @@ def remove(state: PolicyState, key: int) -> None:
     state.keys[key].queue = -1
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def oldest_unpinned(state: PolicyState, sentinel: int) -> int:
     """The oldest key of a list that is not in use; -1 if there is none."""
     key = state.keys[sentinel].previous

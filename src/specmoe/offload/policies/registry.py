@@ -37,7 +37,9 @@ POLICIES: dict[str, PolicyInfo] = {
     "slru": PolicyInfo(
         dispatch.SLRU, "SLRU", "Karedla et al., 1994", "", "oldest of the lowest of four segments; uses lift"
     ),
-    "s3-fifo": PolicyInfo(dispatch.S3_FIFO, "S3-FIFO", "Yang et al., 2023", "", "what failed its trial in a small queue"),
+    "s3-fifo": PolicyInfo(
+        dispatch.S3_FIFO, "S3-FIFO", "Yang et al., 2023", "", "what failed its trial in a small queue"
+    ),
     "sieve": PolicyInfo(
         dispatch.SIEVE, "SIEVE", "Zhang et al., 2024", "", "what was not used since a hand passed it in a FIFO queue"
     ),

@@ -9,8 +9,7 @@ CLOCK that counts to three.
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of
 from specmoe.offload.policies.state import PolicyState
 
@@ -20,13 +19,13 @@ _SMALL, _MAIN, _GHOST = 0, 1, 2
 _MOVE_UP, _MOST = 2, 3
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """One use more, in place."""
     state.keys[key].count += 1
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """Into the main queue if its ghost is there, else on trial."""
     group = state.keys[key].group
@@ -43,7 +42,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
         remove(state, state.keys[sentinel_of(state, group, _GHOST)].previous)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """From the small queue, unless the main queue is above its share or the small one has nothing to give."""
     state.caches[group].hand = 0
@@ -58,12 +57,12 @@ def victim(state: PolicyState, group: int, now: int) -> int:
     return key
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _small(state: PolicyState, group: int) -> int:
     return max(1, state.caches[group].capacity // 10)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _from_small(state: PolicyState, group: int) -> int:
     while True:
         key = oldest_unpinned(state, sentinel_of(state, group, _SMALL))
@@ -77,7 +76,7 @@ def _from_small(state: PolicyState, group: int) -> int:
         push(state, key, _MAIN)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def _from_main(state: PolicyState, group: int) -> int:
     while True:
         key = oldest_unpinned(state, sentinel_of(state, group, _MAIN))

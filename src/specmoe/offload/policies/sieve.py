@@ -6,28 +6,27 @@ bits, and takes the first key without one; it goes on from there at the next evi
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.queues import push, remove, sentinel_of
 from specmoe.offload.policies.state import PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """Set its bit."""
     state.keys[key].count = 1
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """At the newest end, without a bit."""
     state.keys[key].count = 0
     push(state, key, 0)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """The first key from the hand on that was not used since the hand passed."""
     sentinel = sentinel_of(state, group, 0)

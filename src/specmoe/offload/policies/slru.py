@@ -7,15 +7,14 @@ libCacheSim's: capacity // 4, and what remains of the capacity belongs to the lo
 
 from __future__ import annotations
 
-import numba
-
+from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
 __all__ = ["hit", "insert", "victim"]
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def hit(state: PolicyState, key: int, now: int) -> None:
     """One segment up, or to the newest end of the highest."""
     group = state.keys[key].group
@@ -30,7 +29,7 @@ def hit(state: PolicyState, key: int, now: int) -> None:
         push(state, oldest, segment)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def insert(state: PolicyState, key: int, now: int) -> None:
     """Into the lowest segment with room."""
     group = state.keys[key].group
@@ -43,7 +42,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     push(state, key, chosen)
 
 
-@numba.njit(cache=True, forceinline=True)
+@inlined()
 def victim(state: PolicyState, group: int, now: int) -> int:
     """The oldest of the lowest segment that has one not in use."""
     for segment in range(QUEUES):

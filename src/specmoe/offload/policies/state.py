@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from specmoe.offload.compiled import Records
+
 __all__ = ["CACHE", "CLOCK", "KEY", "QUEUES", "PolicyState", "make_state"]
 
 # SLRU has the most queues: four segments.
@@ -35,14 +37,13 @@ KEY = np.dtype(
         ("score", "f8"),
         ("pinned", "i8"),
         ("used", "i8"),
-        ("count", "i8"),
+        ("count", "i4"),
         ("next", "i4"),
         ("previous", "i4"),
-        ("group", "i4"),
-        ("layer", "i4"),
         ("place", "i4"),
-        ("scratch", "i4"),
-        ("queue", "i4"),
+        ("group", "i2"),
+        ("layer", "i2"),
+        ("queue", "i1"),
         ("resident", "?"),
     ],
     align=True,
@@ -69,7 +70,7 @@ class PolicyState(NamedTuple):
             wanted: how much a predictor wants a key to be there; larger is more. Kept by the caller.
             next, previous: circular lists; queue q of cache g hangs on sentinel N + g·Q + q, that of layer l on
             N + G·Q + l; the newest key is the sentinel's ``next``, the oldest its ``previous``.
-            queue: the queue a key is in; -1 for none. count: uses, or a visited bit. scratch: working space.
+            queue: the queue a key is in; -1 for none. count: uses, or a visited bit.
             place: where a key stands in ``heap_N``; -1 for nowhere. score, used: the heap's order; where scores are
             equal the smaller ``used`` leaves.
         caches: records of ``CACHE`` [G]. capacity: entries it may hold. size: entries it holds; the caller counts what
@@ -82,9 +83,9 @@ class PolicyState(NamedTuple):
 
     layers: int
     experts: int
-    keys: NDArray[np.void]
-    caches: NDArray[np.void]
-    clock: NDArray[np.void]
+    keys: Records
+    caches: Records
+    clock: Records
     heap_N: NDArray[np.int32]
     lengths_GQ: NDArray[np.int64]
 

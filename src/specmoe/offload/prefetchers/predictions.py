@@ -81,16 +81,22 @@ def predicted(
 ) -> Predictions:
     """Score every token of a demand's documents, and read the logits as probabilities.
 
-    Tokens of one step are one event: an expert's chance to be needed by any of them is 1 − Π(1 − p). A token that is not
-    the last of its sequence in the step says nothing of the next step.
+    Tokens of one step are one event: an expert's chance to be needed by any of them is 1 − Π(1 − p). A token that is
+    not the last of its sequence in the step says nothing of the next step.
 
     Args:
         documents: those that ``demand`` was made from, in the same order.
         on_tokens: called with the number of tokens that have been scored.
 
     Raises:
-        SpecmoeError: the result would not fit into memory.
+        SpecmoeError: the result would not fit into memory, or a document lacks the router inputs that others have.
     """
+    if "hidden" in trace.manifest.fields:
+        lacking = sum(trace.documents[index].hidden_start is None for index in documents)
+        if lacking:
+            raise SpecmoeError(
+                f"{lacking} of {len(documents)} documents have no hidden states; simulate those that have them"
+            )
     predictor.eval()
     topology, horizons = demand.topology, predictor.horizons
     largest = int(np.diff(demand.starts_V).max(initial=1))
@@ -110,6 +116,8 @@ def predicted(
     lengths = [trace.documents[index].tokens for index in documents]
     first = 0
     for chunk, tokens in _chunks(documents, lengths, demand.batch):
+        if tokens == 0:
+            continue
         own_N = step_N[first : first + tokens]
         chance = _chances(predictor, calibration, Windows(trace, chunk, length=512, context=64), tokens, device)
         ends = torch.tensor([trace.documents[index].tokens for index in chunk]).cumsum(0) - 1
@@ -118,7 +126,7 @@ def predicted(
         if not last_N.all():
             chance = chance.masked_fill((~last_N)[:, None, None, None] & wraps_SH[..., None], 0.0)
         base, steps = int(own_N.min()), int(own_N.max() - own_N.min()) + 1
-        if steps < tokens:
+        if not torch.equal(own_N, torch.arange(base, base + tokens)):
             missing = chance.new_zeros(steps, *chance.shape[1:])
             missing.index_add_(0, own_N - base, torch.log1p(-chance.clamp_max(1 - 1e-6)))
             chance = -torch.expm1(missing)
@@ -167,8 +175,9 @@ def with_recall(
 ) -> Predictions:
     """What a predictor of a given recall@K would foresee whose mistakes are drawn evenly.
 
-    Every expert that will be needed stays with the chance ``recall``, else another of the layer stands in its place. The
-    chance of all is ``recall``, which is what a calibrated predictor of that quality would say.
+    Every expert that will be needed stays with the chance ``recall``, else another of the layer stands in its place.
+    The chance of all is ``recall``, which is what a calibrated predictor of that quality would say. Where an event
+    needs more than half of a layer's experts there are not enough others to be wrong with, and the recall is higher.
     """
     rng = np.random.default_rng(seed)
     experts, sizes = demand.topology.experts, np.diff(demand.starts_V)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from specmoe.offload.compiled import Records
 from specmoe.offload.hardware.profile import Link
 from specmoe.offload.policies.state import PolicyState, make_state
 from specmoe.topology import Topology
@@ -46,7 +47,17 @@ TIER = np.dtype(
     ],
     align=True,
 )
-COPY = np.dtype([("arrival", "f8"), ("evicted", "i8"), ("waits", "i4"), ("unused", "?")], align=True)
+COPY = np.dtype(
+    [
+        ("arrival", "f8"),
+        ("chance", "f8"),
+        ("due", "i8"),
+        ("evicted", "i8"),
+        ("waits", "i4"),
+        ("unused", "?"),
+    ],
+    align=True,
+)
 WAIT = np.dtype([("due", "i8"), ("chance", "f8"), ("ready", "f8"), ("key", "i4")], align=True)
 
 
@@ -56,23 +67,24 @@ class Tier(NamedTuple):
     A transfer takes one of the link's slots; its fixed cost overlaps with that of others, its bytes do not.
 
     Attributes:
-        own: one record. latency: fixed cost of a transfer, s. seconds: in which one expert passes the bus. bus: when the
-            last bytes have passed. busy: seconds in which bytes passed. policy: number of the eviction policy. waiting:
-            length of the queue. flights: prefetches under way. held: experts held or on their way, largest: most of them at once. soonest: the first
-            event that needs what was evicted since an oracle last looked.
+        own: one record. latency: fixed cost of a transfer, s. seconds: in which one expert passes the bus. bus: when
+            the last bytes have passed. busy: seconds in which bytes passed. policy: number of the eviction policy.
+            waiting: length of the queue. flights: prefetches under way. held: experts held or on their way, largest:
+            most of them at once. soonest: the first event that needs what was evicted since an oracle last looked.
         cache: the policy's state.
-        copies: records [N]. arrival: when a prefetch under way arrives, inf for none. evicted: the event at which a
-            prefetch pushed the expert out, negative for none. unused: brought by a prefetch and not needed since.
-            waits: where it stands in the queue, negative for nowhere.
+        copies: records [N]. chance, due: as foreseen last, and for which event. arrival: when a prefetch under way
+            arrives, inf for none. evicted: the event at which a prefetch pushed the expert out, negative for none.
+            unused: brought by a prefetch and not needed since. waits: where it stands in the queue, negative for
+            nowhere.
         waiting: records, the queue. due: event it is for. chance: of being needed. ready: when it may start. key.
         slots: float64 [parallelism], when each slot is free. flying: int32, the experts under way.
         counts: int64 [2, len(COUNTS)], prefill and decode.
     """
 
-    own: NDArray[np.void]
+    own: Records
     cache: PolicyState
-    copies: NDArray[np.void]
-    waiting: NDArray[np.void]
+    copies: Records
+    waiting: Records
     slots: NDArray[np.float64]
     flying: NDArray[np.int32]
     counts: NDArray[np.int64]

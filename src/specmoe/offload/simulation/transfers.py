@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from specmoe.offload.compiled import compiled
 from specmoe.offload.simulation.state import (
     CANCELLED,
     EVICTIONS,
@@ -16,7 +16,7 @@ from specmoe.offload.simulation.state import (
 from specmoe.offload.simulation.verbs import insert, victim
 
 
-@numba.njit(cache=True)
+@compiled()
 def record(log: Log, kind: int, link: int, what: int, event: int, begin: float, end: float) -> None:
     """Keep a span, if there is room."""
     place = log.size[0]
@@ -30,11 +30,21 @@ def record(log: Log, kind: int, link: int, what: int, event: int, begin: float, 
         log.size[0] = place + 1
 
 
-@numba.njit(cache=True)
+@compiled()
+def free_slot(tier: Tier) -> int:
+    """The slot that is free first."""
+    first = 0
+    for slot in range(1, len(tier.slots)):
+        if tier.slots[slot] < tier.slots[first]:
+            first = slot
+    return first
+
+
+@compiled()
 def transfer(tier: Tier, ready: float) -> tuple[float, float]:
     """Send one expert that may start at ``ready``: when its transfer begins and ends."""
     link = tier.own[0]
-    slot = tier.slots.argmin()
+    slot = free_slot(tier)
     begin = max(ready, tier.slots[slot])
     end = max(begin + link.latency, link.bus) + link.seconds
     tier.slots[slot] = end
@@ -43,7 +53,7 @@ def transfer(tier: Tier, ready: float) -> tuple[float, float]:
     return begin, end
 
 
-@numba.njit(cache=True)
+@compiled()
 def arrived(tier: Tier, key: int, event: int) -> None:
     """A prefetch is there: from now on its policy decides about it."""
     for place in range(tier.own[0].flights):
@@ -56,7 +66,7 @@ def arrived(tier: Tier, key: int, event: int) -> None:
     insert(tier.own[0].policy, tier.cache, key, event)
 
 
-@numba.njit(cache=True)
+@compiled()
 def earliest(tier: Tier) -> int:
     """The expert that arrives next, -1 if none is under way."""
     first = -1
@@ -67,7 +77,7 @@ def earliest(tier: Tier) -> int:
     return first
 
 
-@numba.njit(cache=True)
+@compiled()
 def settle(tier: Tier, now: float, event: int) -> None:
     """Take in every prefetch that has arrived by ``now``, in the order of arrival."""
     while tier.own[0].flights > 0:
@@ -78,7 +88,7 @@ def settle(tier: Tier, now: float, event: int) -> None:
         tier.copies[key].unused = True
 
 
-@numba.njit(cache=True)
+@compiled()
 def evict(tier: Tier, key: int, phase: int) -> None:
     """``key``, which its policy has given up, is gone."""
     tier.cache.keys[key].resident = False
@@ -91,7 +101,7 @@ def evict(tier: Tier, key: int, phase: int) -> None:
         tier.counts[phase, WASTED] += 1
 
 
-@numba.njit(cache=True)
+@compiled()
 def occupy(tier: Tier, group: int) -> None:
     """One place of a cache is taken, from the moment its transfer begins."""
     tier.cache.caches[group].size += 1
@@ -99,7 +109,7 @@ def occupy(tier: Tier, group: int) -> None:
     tier.own[0].largest = max(tier.own[0].largest, tier.own[0].held)
 
 
-@numba.njit(cache=True)
+@compiled()
 def make_room(tier: Tier, group: int, event: int, phase: int, begin: float) -> float:
     """Free a place for an expert that is needed now.
 
@@ -128,7 +138,7 @@ def make_room(tier: Tier, group: int, event: int, phase: int, begin: float) -> f
     return begin
 
 
-@numba.njit(cache=True)
+@compiled()
 def forget(tier: Tier, place: int) -> None:
     """Take an entry out of the queue."""
     waiting, last = tier.waiting, tier.own[0].waiting - 1
@@ -142,7 +152,7 @@ def forget(tier: Tier, place: int) -> None:
     tier.own[0].waiting = last
 
 
-@numba.njit(cache=True)
+@compiled()
 def enqueue(tier: Tier, key: int, due: int, chance: float, ready: float, phase: int) -> None:
     """Let a prefetch wait for the link. A full queue keeps what is due sooner, and of that the likelier."""
     waiting, size = tier.waiting, tier.own[0].waiting
@@ -173,7 +183,7 @@ def enqueue(tier: Tier, key: int, due: int, chance: float, ready: float, phase: 
     tier.own[0].waiting = size + 1
 
 
-@numba.njit(cache=True)
+@compiled()
 def expire(tier: Tier, event: int, phase: int) -> None:
     """The router of ``event`` has run: what waited for it is fetched now because it is needed, or not at all."""
     place, stamp = 0, tier.cache.clock[0].stamp
@@ -186,7 +196,7 @@ def expire(tier: Tier, event: int, phase: int) -> None:
             place += 1
 
 
-@numba.njit(cache=True)
+@compiled()
 def next_waiting(tier: Tier) -> tuple[int, float]:
     """The entry that goes next, and when: what is due first among those ready, then what is likelier. -1 if none."""
     waiting, size = tier.waiting, tier.own[0].waiting
@@ -195,7 +205,7 @@ def next_waiting(tier: Tier) -> tuple[int, float]:
     begin = waiting[0].ready
     for place in range(1, size):
         begin = min(begin, waiting[place].ready)
-    begin = max(begin, tier.slots.min())
+    begin = max(begin, tier.slots[free_slot(tier)])
     best = -1
     for place in range(size):
         if waiting[place].ready > begin:

@@ -1,0 +1,317 @@
+"""The file of a simulation: what was simulated on what, and what every run came to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from specmoe.errors import SpecmoeError
+from specmoe.files import read_json, write_json
+from specmoe.offload.hardware.profile import Hardware
+from specmoe.results import Interval, Made, TraceFacts, validated
+
+__all__ = [
+    "Comparison",
+    "Curve",
+    "CurvePoint",
+    "DemandFacts",
+    "MachineFacts",
+    "PredictorFacts",
+    "Quantiles",
+    "RunResult",
+    "SimulationResults",
+    "kept_runs",
+]
+
+_FORMAT = "specmoe-simulation"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DemandFacts(_Model):
+    """What was replayed.
+
+    Attributes:
+        part: ``test`` or ``all``. documents: their ids, in order. replay, batch, prefill_chunk: how they were run.
+        tokens, steps, events, accesses: how much that is; an expert that tokens of a step share is one access.
+        prefill_steps: of the steps, those that read a prompt. groups: batches of sequences, the unit of resampling.
+    """
+
+    part: str
+    documents: tuple[str, ...]
+    replay: str
+    batch: int
+    prefill_chunk: int
+    tokens: int
+    steps: int
+    events: int
+    accesses: int
+    prefill_steps: int
+    groups: int
+
+
+class MachineFacts(_Model):
+    """On what.
+
+    Attributes:
+        hardware: the profile, with the bandwidth and latency that were used. changed: what of it was overridden.
+        expert_bytes: size of an expert. capacity: experts that the device holds, of ``experts``; asked: as given.
+        per_layer: each layer has its own part. host_capacity: of the tier between, None with two tiers.
+        policy: of eviction where a run names no other.
+        layer_seconds, token_layer_seconds, expert_seconds, token_seconds, other_seconds: see ``StepCost``.
+        compute: seconds of computing alone, C. bound: seconds that no prefetcher and no eviction can go below.
+    """
+
+    hardware: Hardware
+    changed: tuple[str, ...] = ()
+    expert_bytes: int
+    capacity: int
+    experts: int
+    asked: str
+    per_layer: bool
+    host_capacity: int | None
+    policy: str
+    layer_seconds: float
+    token_layer_seconds: float
+    expert_seconds: float
+    token_seconds: float
+    other_seconds: float
+    compute: float
+    bound: float | None = None
+
+
+class PredictorFacts(_Model):
+    """A predictor whose prefetches were simulated.
+
+    Attributes:
+        validation: recall@K on the validation part, by which they are ordered. seed: of its training.
+        seconds: from a router's output to the prediction; timed: ``measured`` when it was trained, ``given``, or
+            ``unknown`` and counted as nothing.
+        recall: by horizon, on what was replayed: of the experts that an event needs, the share among as many that were
+            put first.
+    """
+
+    name: str
+    learned: bool
+    seed: int
+    validation: float
+    seconds: float
+    timed: Literal["measured", "given", "unknown"]
+    recall: dict[int, float] = Field(default_factory=dict)
+
+
+class Quantiles(_Model):
+    """Median and 95th percentile, in seconds."""
+
+    p50: float
+    p95: float
+
+
+class Comparison(_Model):
+    """A run beside two others on the same machine.
+
+    Attributes:
+        gain: tokens a second over those without prefetching under the study's policy, minus 1; interval over batches of
+            sequences, paired.
+        share_of_oracle: seconds saved by those that the oracle saves; None where it saves nothing.
+        bytes_saved: demand bytes less than without prefetching under the run's own policy.
+        bytes_per_byte_saved: prefetched bytes by ``bytes_saved``; None where none were saved.
+    """
+
+    gain: Interval
+    share_of_oracle: float | None = None
+    bytes_saved: int
+    bytes_per_byte_saved: float | None = None
+
+
+class RunResult(_Model):
+    """One simulated run. Bytes are those that went over the link into the device; times are seconds.
+
+    Attributes:
+        fingerprint: of everything that it depends on.
+        group: ``main``, or a sweep: ``bandwidth`` (``x``: factor on it) or ``recall`` (``x``: of made-up predictions).
+        kind: ``none``, ``oracle``, ``perfect``, ``predictor``, ``shuffled`` or ``recall``.
+        predictor: its name, empty for none. admission: what of it is fetched, empty for nothing. policy: of eviction.
+        horizons: of prefetching. prediction_seconds: that a prediction takes.
+        recall: by horizon, of what was foreseen; see :class:`PredictorFacts`.
+        seconds, compute, stall: the whole run, and of it computing and waiting for experts.
+        link_seconds: in which bytes passed each link, from the lowest tier up. loading: F, the least time in which
+            the link into the device could pass this run's transfers one after another, fixed costs included.
+        counts, host_counts: phase → name → experts, as in ``simulation.state.COUNTS``.
+        largest: most experts held at once.
+        hit_rate: of the experts that were needed, the share that was there when the layer's router had run.
+        cold_recall: of the accesses at which the cache would have lacked the expert had no prefetch brought it (found
+            there thanks to a prefetch and used for the first time since; prefetch under way; missed), the share of the
+            first kind. None where nothing is prefetched.
+        demand_bytes: fetched when they were needed. prefetch_bytes: by prefetches that were started. used_bytes: there
+            in time and used. late_bytes: used, but waited for. wasted_bytes: never used. cancelled_bytes: of prefetches
+            that waited until it was too late, and moved nothing.
+        first_token: of each batch of sequences with a prompt, output_token: of each step that writes; None without.
+        group_seconds: of each batch of sequences.
+        against: the comparison, when all runs of the group are done.
+    """
+
+    key: str
+    fingerprint: str
+    group: Literal["main", "bandwidth", "recall"] = "main"
+    x: float | None = None
+    kind: Literal["none", "oracle", "perfect", "predictor", "shuffled", "recall"]
+    predictor: str = ""
+    admission: str = ""
+    policy: str
+    horizons: tuple[int, ...] = ()
+    prediction_seconds: float = 0.0
+    recall: dict[int, float] = Field(default_factory=dict)
+    tokens: int
+    seconds: float
+    compute: float
+    stall: float
+    link_seconds: tuple[float, ...]
+    loading: float
+    counts: dict[str, dict[str, int]]
+    host_counts: dict[str, dict[str, int]] = Field(default_factory=dict)
+    largest: int
+    hit_rate: float
+    cold_recall: float | None = None
+    demand_bytes: int
+    prefetch_bytes: int
+    used_bytes: int
+    late_bytes: int
+    wasted_bytes: int
+    cancelled_bytes: int
+    first_token: Quantiles | None = None
+    output_token: Quantiles | None = None
+    group_seconds: tuple[float, ...]
+    against: Comparison | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the whole run's time."""
+        return self.tokens / self.seconds
+
+    @property
+    def stall_per_token(self) -> float:
+        """Seconds."""
+        return self.stall / self.tokens
+
+    @property
+    def busy(self) -> float:
+        """Share of the time in which bytes passed the link into the device."""
+        return self.link_seconds[-1] / self.seconds
+
+    @property
+    def overlap_limit(self) -> float:
+        """(C + F) / max(C, F): the most that hiding loads behind computing can speed up, with the bytes of this run."""
+        return (self.compute + self.loading) / max(self.compute, self.loading)
+
+
+class CurvePoint(_Model):
+    """Misses of a policy that fetches on demand only, at a capacity: experts in all layers together."""
+
+    capacity: int
+    share: float
+    accesses: int
+    misses: int
+
+    @property
+    def miss_ratio(self) -> float:
+        """Misses by accesses."""
+        return self.misses / self.accesses
+
+
+class Curve(_Model):
+    """The miss-ratio curve of a policy."""
+
+    policy: str
+    title: str
+    points: tuple[CurvePoint, ...]
+
+
+class SimulationResults(_Model):
+    """The content of ``simulation.json``.
+
+    Attributes:
+        complete: False while runs are missing; the same command goes on.
+        best: name of the predictor that is best on the validation part, empty if none was simulated. admission: the one
+            that its sweeps and controls were run with.
+        left_out: what was not run, and why.
+    """
+
+    format: Literal["specmoe-simulation"] = _FORMAT
+    version: Literal[1] = 1
+    complete: bool
+    made: Made
+    trace: TraceFacts
+    split_hash: str
+    demand: DemandFacts
+    machine: MachineFacts
+    horizons: tuple[int, ...]
+    predictors: tuple[PredictorFacts, ...] = ()
+    best: str = ""
+    admission: str = ""
+    runs: tuple[RunResult, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    curves_fingerprint: str = ""
+    left_out: dict[str, str] = Field(default_factory=dict)
+
+    def run(self, key: str) -> RunResult:
+        """A run by its key.
+
+        Raises:
+            KeyError: it is not there.
+        """
+        for run in self.runs:
+            if run.key == key:
+                return run
+        raise KeyError(key)
+
+    @property
+    def baseline(self) -> RunResult:
+        """Without prefetching, under the study's policy."""
+        return self.run(f"none/{self.machine.policy}")
+
+    @property
+    def main(self) -> tuple[RunResult, ...]:
+        """Without the sweeps."""
+        return tuple(run for run in self.runs if run.group == "main")
+
+    @classmethod
+    def load(cls, path: Path) -> SimulationResults:
+        """Read a file.
+
+        Raises:
+            SpecmoeError: missing, damaged, or not the file of a simulation of this version.
+        """
+        content = _content(path)
+        if content.get("version") != 1:
+            raise SpecmoeError(
+                f"{path} has version {content.get('version')}, this specmoe has 1: run `specmoe simulate` again"
+            )
+        return validated(cls, content, path)
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_json(path, self.model_dump(mode="json"), indent=None)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise SpecmoeError(f"{path} is not the file of a simulation; give another folder with --out")
+    return content
+
+
+def kept_runs(path: Path) -> tuple[dict[str, RunResult], tuple[Curve, ...], str]:
+    """What an earlier start left: runs by fingerprint, curves and their fingerprint; nothing from another version.
+
+    Raises:
+        SpecmoeError: there is a file, and it is something else.
+    """
+    if not path.exists() or _content(path).get("version") != 1:
+        return {}, (), ""
+    kept = SimulationResults.load(path)
+    return {run.fingerprint: run for run in kept.runs}, kept.curves, kept.curves_fingerprint

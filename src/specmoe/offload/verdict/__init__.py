@@ -1,0 +1,1 @@
+"""Should experts be prefetched here, and if not, what should change first?"""
