@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from specmoe.errors import SpecmoeError
 from specmoe.offload.compiled import compiled
 from specmoe.offload.demand import Demand
+from specmoe.offload.policies import belady
 from specmoe.offload.policies.dispatch import admit, hit, insert, victim
 from specmoe.offload.policies.registry import policy_named
 from specmoe.offload.policies.state import PolicyState, make_state
@@ -126,6 +127,8 @@ def replay_cache(
         wanted = np.zeros((0, 0), dtype=np.float32)
     elif wanted.shape != shape:
         raise SpecmoeError(f"wanted has the shape {wanted.shape}, the stream needs {shape} (events, experts)")
+    elif np.isnan(wanted).any():
+        raise SpecmoeError("wanted holds what is not a number; a predictor whose logits are finite is asked for")
     state = empty_caches(demand.topology, capacity, per_layer=per_layer)
     future = info.needs == "future"
     next_use_M = demand.next_use_M if future else np.zeros(0, dtype=np.int64)
@@ -236,6 +239,9 @@ def _replay(
             if state.keys[key].resident:
                 state.keys[key].pinned = stamp
                 missed_here_N[key] = False
+                # What chooses by the next use must know those of all before it chooses, and needs no order.
+                if future:
+                    belady.hit(state, key, event)
             else:
                 missed_here_N[key] = True
                 misses += 1
@@ -251,7 +257,7 @@ def _replay(
             key = keys_M[access]
             if not missed_here_N[key]:
                 # The release of a wave may have let it go before its turn; it was used all the same.
-                if state.keys[key].resident:
+                if state.keys[key].resident and not future:
                     hit(policy, state, key, event)
                 continue
             group = state.keys[key].group

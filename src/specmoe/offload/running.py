@@ -15,13 +15,10 @@ from specmoe.offload.perfetto import write_timeline
 from specmoe.offload.prefetchers.loading import Candidate, recall_at_need
 from specmoe.offload.prefetchers.predictions import Predictions, predicted, shuffled, with_recall
 from specmoe.offload.results import RunResult
-from specmoe.offload.simulator import Machine, Outcome, Run, simulate
+from specmoe.offload.simulator import Machine, Outcome, Run, simulate, simulate_oracle
 from specmoe.trace import Trace
 
-__all__ = ["ORACLE_PASSES", "Simulator", "scaled"]
-
-# How far oracles look ahead, in passes through the layers; besides, one that sees everything.
-ORACLE_PASSES = (0.25, 0.5, 1, 4, 16)
+__all__ = ["Simulator", "scaled"]
 
 
 class Simulator:
@@ -64,18 +61,9 @@ class Simulator:
 
     def _simulate(self, job: SimulationJob, predictions: Predictions, spans: int = 0) -> Outcome:
         if job.kind == "oracle":
-            return self._oracle(self._machine(job), spans)
+            return simulate_oracle(self.demand, self._machine(job), spans=spans)
         run = Run(job.key, predictions, job.admission, seconds=job.seconds)
         return simulate(self.demand, self._machine(job), run, spans=spans)
-
-    def _oracle(self, machine: Machine, spans: int) -> Outcome:
-        """The fastest of several: one that looks too far ahead fills a small host cache with what is due late."""
-        layers, oracle = self.demand.topology.layers, Run.oracle(self.demand)
-        reaches = {min(max(1, round(layers * passes)), oracle.reach) for passes in ORACLE_PASSES} | {oracle.reach}
-        outcomes = (
-            simulate(self.demand, machine, replace(oracle, reach=reach), spans=spans) for reach in sorted(reaches)
-        )
-        return min(outcomes, key=lambda outcome: outcome.seconds)
 
     def _machine(self, job: SimulationJob) -> Machine:
         machine = replace(self.machine, policy=job.policy)

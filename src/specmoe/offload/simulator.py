@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numba
 import numpy as np
@@ -20,7 +20,10 @@ from specmoe.offload.simulation.timeline import run_timeline
 from specmoe.offload.simulation.world import ESTIMATES, Plan, Stream, Times, World
 from specmoe.trace.record import Phase
 
-__all__ = ["Machine", "Outcome", "Run", "simulate"]
+__all__ = ["ORACLE_PASSES", "Machine", "Outcome", "Run", "least_seconds", "simulate", "simulate_oracle"]
+
+# How far oracles look ahead, in passes through the layers; besides, one that sees everything.
+ORACLE_PASSES = (0.25, 0.5, 1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,7 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
         np.zeros(topology.layers * topology.experts),
         np.zeros(2, dtype=np.int64),
         np.zeros(topology.experts, dtype=np.bool_),
+        np.zeros(topology.experts),
     )
     tiers = [device] if machine.tiers == 2 else [host, device]
     return Outcome(
@@ -252,6 +256,24 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
         stall_J=stall_J,
         log=log if spans else None,
     )
+
+
+def simulate_oracle(demand: Demand, machine: Machine, *, spans: int = 0) -> Outcome:
+    """The best that knowing everything brought: Belady's eviction and the fastest of several look-aheads.
+
+    One that looks too far ahead fills a small host cache with what is due late. Greedy and therefore not proven to be
+    the optimum, which :func:`least_seconds` bounds.
+
+    Raises:
+        SpecmoeError: as :func:`simulate`.
+    """
+    reaches = {min(max(1, round(demand.topology.layers * passes)), demand.events) for passes in ORACLE_PASSES}
+    machine, oracle = replace(machine, policy="belady"), Run.oracle(demand)
+    outcomes = [
+        simulate(demand, machine, replace(oracle, reach=reach), spans=spans)
+        for reach in sorted(reaches | {demand.events})
+    ]
+    return min(outcomes, key=lambda outcome: outcome.seconds)
 
 
 def _check(demand: Demand, machine: Machine, run: Run) -> None:

@@ -89,7 +89,10 @@ def insert(policy: int, state: PolicyState, key: int, now: int) -> None:
 
 @inlined()
 def victim(policy: int, state: PolicyState, group: int, now: int) -> int:
-    """The key that leaves a cache, already forgotten by the policy; -1 if every one is in use."""
+    """The key that leaves a cache, already forgotten by the policy; -1 if every one is in use.
+
+    Only ``BELADY_BYPASS``, which is a bound and no cache, may choose one that is in use.
+    """
     if policy == LRU:
         return lru.victim(state, group, now)
     if policy == LFU:
@@ -106,6 +109,8 @@ def victim(policy: int, state: PolicyState, group: int, now: int) -> int:
         return least_stale.victim(state, group, now)
     if policy == PREDICTED:
         return predicted.victim(state, group, now)
+    if policy == BELADY_BYPASS:
+        return belady_bypass.victim(state, group, now)
     return belady.victim(state, group, now)
 
 

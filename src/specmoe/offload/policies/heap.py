@@ -5,7 +5,7 @@ from __future__ import annotations
 from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import PolicyState
 
-__all__ = ["add", "pop_unpinned", "settle", "top_unpinned"]
+__all__ = ["add", "drop_root", "pop_unpinned", "settle"]
 
 
 @inlined()
@@ -36,7 +36,7 @@ def pop_unpinned(state: PolicyState, group: int) -> int:
     found = -1
     while found < 0 and state.caches[group].heap_size > 0:
         key = state.heap_N[first]
-        _drop_root(state, group)
+        drop_root(state, group)
         if state.keys[key].pinned != state.clock[0].stamp:
             found = key
         else:
@@ -51,20 +51,8 @@ def pop_unpinned(state: PolicyState, group: int) -> int:
 
 
 @inlined()
-def top_unpinned(state: PolicyState, group: int) -> int:
-    """The key that :func:`pop_unpinned` would take out, which stays."""
-    if state.caches[group].heap_size > 0:
-        root = state.heap_N[state.caches[group].first]
-        if state.keys[root].pinned != state.clock[0].stamp:
-            return root
-    key = pop_unpinned(state, group)
-    if key >= 0:
-        add(state, key)
-    return key
-
-
-@inlined()
-def _drop_root(state: PolicyState, group: int) -> None:
+def drop_root(state: PolicyState, group: int) -> None:
+    """Take out the first key of a heap that has one."""
     first = state.caches[group].first
     state.keys[state.heap_N[first]].place = -1
     size = state.caches[group].heap_size - 1

@@ -28,6 +28,8 @@ __all__ = ["foresee", "inform", "lifetime", "look_ahead", "pump", "use_host_copy
 
 # Prefetches that an engine remembers: about so many; and how many kept promises it begins with.
 _FORGET, _PRIOR = 1 / 500, 10.0
+# Hopeful before anything was pushed out, or nothing would ever be tried.
+_PRIOR_RETURNED = 0.1
 # Experts that are foreseen and therefore passed over, for one prefetch.
 _MOST_SPARED = 16
 
@@ -35,7 +37,7 @@ _MOST_SPARED = 16
 @compiled()
 def _worth(tier: Tier, own: Records, chance: float, begin: float, event: int, due: int) -> float:
     link, seen = tier.own[0], own[0]
-    returning = (seen.returned + 1.0) / (seen.pushed + 2.0)
+    returning = (seen.returned + _PRIOR_RETURNED) / (seen.pushed + 1.0)
     # Reads of one layer share the fixed cost, as many as there are slots.
     # Evicted before it was needed counts as not needed; so does a prediction that is surer than it should be.
     chance *= min(1.0, (seen.kept + _PRIOR) / (seen.promised + _PRIOR))
@@ -116,7 +118,9 @@ def pump(world: World, level: int, until: float, event: int, phase: int) -> None
             pays = _worth(tier, world.own, chance, begin, event, due) > world.plan.parameter
         room = _room_for_prefetch(world, level, key, chance, event, phase) if pays else -1
         if room == 0:
-            break
+            # All that could give way is in use: not before the next router has run.
+            tier.waiting[place].ready = until
+            continue
         forget(tier, place)
         if room < 0:
             tier.counts[phase, CANCELLED] += 1

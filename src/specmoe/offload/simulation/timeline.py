@@ -61,6 +61,21 @@ def _fetch(world: World, key: int, begin: float, event: int, phase: int) -> floa
 
 
 @compiled()
+def _fetch_all(world: World, start: int, stop: int, event: int, phase: int, begin_E: NDArray[np.float64]) -> float:
+    """Bring the experts of some accesses that have room, from when ``begin_E`` says: when the last is there."""
+    ready = 0.0
+    # What the host has does not wait for what must come from below it.
+    for turn in range(world.tiers - 1):
+        for access in range(stop - 1, start - 1, -1):
+            key, begin = world.stream.keys_M[access], begin_E[access - start]
+            if begin < 0 or (turn == 0 and world.tiers == 3 and not world.host.cache.keys[key].resident):
+                continue
+            ready = max(ready, _fetch(world, key, begin, event, phase))
+            begin_E[access - start] = -1.0
+    return ready
+
+
+@compiled()
 def _computing(world: World, first: int, stop: int) -> float:
     """Seconds in which the experts of some accesses compute."""
     seconds = 0.0
@@ -70,7 +85,9 @@ def _computing(world: World, first: int, stop: int) -> float:
 
 
 @inlined()
-def _serve(world: World, event: int, phase: int, now: float, missing_E: NDArray[np.bool_]) -> tuple[float, int, float]:
+def _serve(
+    world: World, event: int, phase: int, now: float, missing_E: NDArray[np.bool_], begin_E: NDArray[np.float64]
+) -> tuple[float, int, float]:
     """Get the experts of an event to the device.
 
     Returns:
@@ -88,6 +105,7 @@ def _serve(world: World, event: int, phase: int, now: float, missing_E: NDArray[
         keys[key].pinned = stamp
         keys[key].next_use = next_use_M[access]
         missing_E[access - start] = not keys[key].resident
+        begin_E[access - start] = -1.0
     if own[0].waiting > 0:
         expire(device, event, phase)
     ready, computed, waited = now, stop, 0.0
@@ -105,7 +123,8 @@ def _serve(world: World, event: int, phase: int, now: float, missing_E: NDArray[
             continue
         misses += 1
         if copies[key].arrival < np.inf or keys[key].resident:
-            # Its prefetch is under way, or had to be waited for just now.
+            # Its prefetch is under way.
+            keys[key].pinned = cache.clock[0].stamp
             if copies[key].arrival < np.inf:
                 ready = max(ready, copies[key].arrival)
                 arrived(device, key, event)
@@ -117,16 +136,17 @@ def _serve(world: World, event: int, phase: int, now: float, missing_E: NDArray[
         begin = make_room(device, group, event, phase, now)
         if begin < 0:
             # More experts than the cache holds: those that are there compute, and make room.
+            ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
             record(world.log, STALL, 0, layer, event, now, ready)
             waited += ready - now
             now = ready + _computing(world, access + 1, computed)
             record(world.log, EXPERTS, 0, layer, event, ready, now)
-            computed, ready = access + 1, now
+            computed, ready = min(computed, access + 1), now
             cache.clock[0].stamp += 1
             begin = make_room(device, group, event, phase, now)
         keys[key].pinned = cache.clock[0].stamp
         occupy(device, group)
-        ready = max(ready, _fetch(world, key, begin, event, phase))
+        begin_E[access - start] = begin
         keys[key].resident = True
         insert(own[0].policy, cache, key, event)
         counts[phase, MISSES] += 1
@@ -135,6 +155,7 @@ def _serve(world: World, event: int, phase: int, now: float, missing_E: NDArray[
             if event - copies[key].evicted <= lifetime(device, world.own):
                 world.own[0].returned += 1
             copies[key].evicted = -1
+    ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
     counts[phase, ACCESSES] += stop - start
     seen = world.own[0]
     seen.miss_chance += ((1.0 if misses else 0.0) - seen.miss_chance) * FOLLOW
@@ -152,6 +173,7 @@ def run_timeline(
     usage_N: NDArray[np.float64],
     place: NDArray[np.int64],
     missing_E: NDArray[np.bool_],
+    begin_E: NDArray[np.float64],
 ) -> float:
     """Run all steps and return the time at the end.
 
@@ -162,7 +184,7 @@ def run_timeline(
 
     Args:
         end_J, stall_J: to be filled: when each step ended, and how long it waited for experts.
-        usage_N, place, missing_E: zeros, [N], [2] and [E], to work in.
+        usage_N, place, missing_E, begin_E: [N], [2], [E] and [E], to work in; ``usage_N`` and ``place`` zero.
     """
     stream, device, host, times, own, log = world.stream, world.device, world.host, world.times, world.own, world.log
     event, now, last_router, ready = -1, 0.0, 0.0, 0.0
@@ -191,7 +213,7 @@ def run_timeline(
                 inform(world, event, usage_N)
 
             router = now
-            ready, computed, waited = _serve(world, event, phase, now, missing_E)
+            ready, computed, waited = _serve(world, event, phase, now, missing_E, begin_E)
             own[0].next_router = ready + own[0].computing
             if world.tiers == 3:
                 expire(host, event, phase)

@@ -122,13 +122,13 @@ def make_room(tier: Tier, group: int, event: int, phase: int, begin: float) -> f
         if key >= 0:
             evict(tier, key, phase)
             break
-        # Only a prefetch into the same cache can give way.
+        # Only a prefetch into the same cache can give way, and none that is needed now.
         coming = -1
         for place in range(tier.own[0].flights):
             other = tier.flying[place]
-            if tier.cache.keys[other].group == group and (
-                coming < 0 or tier.copies[other].arrival < tier.copies[coming].arrival
-            ):
+            if tier.cache.keys[other].group != group or tier.cache.keys[other].pinned == tier.cache.clock[0].stamp:
+                continue
+            if coming < 0 or tier.copies[other].arrival < tier.copies[coming].arrival:
                 coming = other
         if coming < 0:
             return -1.0

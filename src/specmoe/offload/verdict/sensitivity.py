@@ -15,7 +15,7 @@ from specmoe.offload.admission.registry import Admission
 from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions, with_recall
 from specmoe.offload.running import scaled
-from specmoe.offload.simulator import Machine, Run, simulate
+from specmoe.offload.simulator import Machine, Run, simulate, simulate_oracle
 from specmoe.results import validated
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
@@ -118,7 +118,7 @@ def measure_sensitivity(
                     factor=factor,
                     capacity=capacity,
                     none=simulate(demand, here).seconds,
-                    oracle=simulate(demand, replace(here, policy="belady"), Run.oracle(demand)).seconds,
+                    oracle=simulate_oracle(demand, here).seconds,
                     predictor=None if run is None else simulate(demand, here, run).seconds,
                 )
             )
