@@ -182,7 +182,7 @@ def single(demand: Demand) -> Demand:
 
 
 def write_requests(demand: Demand, path: Path) -> None:
-    """As libCacheSim's "oracleGeneral" file: each access of one byte, with the number of the next to the same expert."""
+    """As libCacheSim's "oracleGeneral" file: experts of one byte, and of each access the next to the same expert."""
     requests = np.zeros(demand.accesses, dtype=REQUEST)
     requests["key"] = demand.keys_M + 1
     requests["size"] = 1

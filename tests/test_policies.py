@@ -19,6 +19,7 @@ from specmoe.offload.cache import empty_caches, replay_cache
 from specmoe.offload.demand import Demand
 from specmoe.offload.policies import dispatch
 from specmoe.offload.policies.registry import POLICIES, policy_named
+from specmoe.offload.simulation import verbs
 
 LIBCACHESIM = {
     "lru": "LRU",
@@ -85,7 +86,7 @@ def test_what_is_in_use_stays_and_the_capacity_holds(
         if state.caches["size"][group] == capacity:
             if not dispatch.admit(number, state, key, event):
                 return
-            leaves = dispatch.victim(number, state, group, event)
+            leaves = verbs.victim(number, state, group, event)
             in_cache = keys["resident"][: state.experts] & (keys["group"][: state.experts] == group)
             free = (
                 in_cache
@@ -101,7 +102,7 @@ def test_what_is_in_use_stays_and_the_capacity_holds(
         keys["resident"][key] = True
         keys["pinned"][key] = state.clock["stamp"][0]
         state.caches["size"][group] += 1
-        dispatch.insert(number, state, key, event)
+        verbs.insert(number, state, key, event)
 
     for event in range(demand.events):
         state.clock["stamp"][0] += 1
@@ -112,7 +113,7 @@ def test_what_is_in_use_stays_and_the_capacity_holds(
         there = keys["resident"][needed]
         keys["pinned"][needed[there]] = state.clock["stamp"][0]
         for key in needed[there][::-1].tolist():
-            dispatch.hit(number, state, key, event)
+            verbs.hit(number, state, key, event)
         for key in needed[~there][::-1].tolist():
             bring(key, event)
         absent = np.flatnonzero(~keys["resident"][: state.experts])
@@ -169,7 +170,7 @@ def test_least_stale_goes_back_through_the_layers() -> None:
     events = [[0], [2], [4], [1], [2], [4], [0], [3], [5], [1], [2], [4]]
     demand = demand_of(events, 3, 2)
     counts = replay_cache(demand, "least-stale", 4, keep_misses=True)
-    # At event 7 (layer 1) 0, 1, 2 and 4 are held. 2 is stale and of the layer that has just been: it leaves, not 1 or 4,
+    # At event 7 (layer 1) 0, 1, 2 and 4 are held. 2 is stale and of the layer that has just been: it leaves, and not 1,
     # which LRU would let go. At event 8 (layer 2) 4 leaves, and so on.
     assert counts.missed_M is not None
     assert counts.missed_M.tolist() == [True] * 4 + [False] * 3 + [True] * 2 + [False] + [True] * 2

@@ -143,7 +143,7 @@ class Outcome:
         lasting_J = np.diff(self.end_J, prepend=0.0)
         reading_J = demand.phase_J == Phase.PREFILL
         seconds = np.bincount(demand.group_J, weights=lasting_J * reading_J)
-        return seconds[np.bincount(demand.group_J, weights=reading_J) > 0]
+        return seconds[np.bincount(demand.group_J, weights=reading_J) > 0].astype(np.float64)
 
     def output_token_seconds(self, demand: Demand) -> NDArray[np.float64]:
         """Time of each step that writes: [J']."""

@@ -1,10 +1,10 @@
 """Belady without forced admission: a missed key that is needed later than all that is held is used and not kept.
 
-After an event the cache holds, of what it held and what the event brought, the keys that are needed soonest. That is the
-fewest misses there can be whatever the size of events (keeping keys from one use to the next is a choice of intervals of
-which at most as many as the capacity may overlap, and leaving out the one that ends last is best: Carlisle and Lloyd,
-1995). What is not kept, and what only takes its place when the event is over, is used from the buffer that it was read
-into, outside the capacity. So this is a bound, and not a cache that could be built at the same size.
+After an event the cache holds, of what it held and what the event brought, the keys that are needed soonest. That is
+the fewest misses there can be, whatever the size of events: keeping keys from one use to the next is a choice of
+intervals, of which at most as many as the capacity may overlap, and leaving out the one that ends last is best
+(Carlisle and Lloyd, 1995). What is not kept, and what only takes its place when the event is over, is used from the
+buffer that it was read into, outside the capacity. So this is a bound, and not a cache that could be built so small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the predictor wants least leaves first: lowest ``wanted_N``, the least recently used of equals.
+"""What the predictor wants least leaves first: lowest ``wanted``, the least recently used of equals.
 
-Eviction by a prediction of the next use, in the spirit of Belady's rule. The caller may change ``wanted_N`` at any time,
-so all keys of the cache are looked at when one has to leave: the cost grows with the capacity.
+Eviction by a prediction of the next use, in the spirit of Belady's rule. The caller may change ``wanted`` at any time,
+so all keys of the cache are looked at when one has to leave: the cost grows with the capacity. It must be a number.
 """
 
 from __future__ import annotations

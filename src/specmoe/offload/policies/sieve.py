@@ -1,4 +1,4 @@
-"""SIEVE: a FIFO queue and a hand that goes through it and spares what was used since it last passed (Zhang et al., 2024).
+"""SIEVE: a FIFO queue, and a hand in it that spares what was used since it last passed (Zhang et al., 2024).
 
 New keys enter at the newest end, a use only sets the key's bit. The hand goes from the oldest to the newest, clears
 bits, and takes the first key without one; it goes on from there at the next eviction. A key in use is passed by.

@@ -7,15 +7,16 @@ A policy is a file with the same three verbs, compiled by numba:
 - ``victim(state, group, now) -> key``: choose a key of a cache to leave and forget it; -1 where every key is in use.
 
 ``policies.dispatch`` has the same verbs with the policy's number in front, and ``admit``. Who calls them (a replay or a
-simulator) keeps of a key ``resident``, ``pinned``, ``next_use`` and ``wanted``, of a cache ``size``, and the clock's ``stamp``; the
-policy keeps everything else. A key that is on its way is not resident, and no verb hears of it before ``insert``.
+simulator) keeps of a key ``resident``, ``pinned``, ``next_use`` and ``wanted``, of a cache ``size``, and the clock's
+``stamp``; the policy keeps everything else. A key that is on its way is not resident, and no verb hears of it before
+``insert``.
 
 Letters: N experts of the model (key = layer·E + expert), G caches (1 where the layers share one), Q queues of a cache.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,8 @@ __all__ = ["CACHE", "CLOCK", "KEY", "QUEUES", "PolicyState", "make_state"]
 QUEUES = 4
 
 
-# One record a key, so that a verb touches one or two cache lines, and compiled functions pass six arrays instead of
-# twenty-five: four times as fast as an array for each field, and compiled in half the time.
+# One record of 64 bytes a key, so that a verb touches a cache line or two, and compiled functions pass six arrays
+# instead of twenty-five: four times as fast as an array for each field, and compiled in half the time.
 KEY = np.dtype(
     [
         ("next_use", "i8"),
@@ -86,7 +87,7 @@ class PolicyState(NamedTuple):
     keys: Records
     caches: Records
     clock: Records
-    heap_N: NDArray[np.int32]
+    heap_N: Any
     lengths_GQ: NDArray[np.int64]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ class Stream(NamedTuple):
 
     layers: int
     experts: int
-    keys_M: NDArray[np.int32]
+    keys_M: Any
     tokens_M: NDArray[np.int32]
     starts_V: NDArray[np.int64]
     next_use_M: NDArray[np.int64]
