@@ -41,6 +41,8 @@ bench: setup  ## measure the ratios that README.md states
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/suite.py
 	$(BIN)/python benchmarks/data_handling.py
+	$(BIN)/python benchmarks/cache_replay.py
+	$(BIN)/python benchmarks/simulation.py
 
 clean:  ## remove what was made
 	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache

@@ -217,11 +217,27 @@ class Predicted(Reference):
 
 
 class Belady(Reference):
+    def use(self, key: int) -> None:
+        super().use(key)
+        self.upcoming = {**getattr(self, "upcoming", {}), key: self.next_use(key, self.now)}
+
+    def hit(self, key: int, now: int) -> None:
+        self.now = now
+        super().hit(key, now)
+
+    def insert(self, key: int, now: int) -> None:
+        self.now = now
+        super().insert(key, now)
+
+    def rank(self, key: int, now: int) -> Any:
+        # In a wave's release, what has not had its turn in the event is still needed by it.
+        return -self.upcoming[key], -key
+
+
+class BeladyBypass(Reference):
     def rank(self, key: int, now: int) -> Any:
         return -self.next_use(key, now), -key
 
-
-class BeladyBypass(Belady):
     def admit(self, key: int, now: int) -> bool:
         return any(self.next_use(other, now) > self.next_use(key, now) for other in self.held)
 

@@ -24,7 +24,7 @@ from specmoe.errors import SpecmoeError
 from specmoe.offload.compiled import compiled
 from specmoe.offload.demand import Demand
 from specmoe.offload.policies import belady
-from specmoe.offload.policies.dispatch import admit, hit, insert, victim
+from specmoe.offload.policies.dispatch import BELADY_BYPASS, admit, hit, insert, victim
 from specmoe.offload.policies.registry import policy_named
 from specmoe.offload.policies.state import PolicyState, make_state
 from specmoe.topology import Topology
@@ -221,6 +221,7 @@ def _replay(
     layers = state.layers
     experts = state.experts // layers
     future, wishes, keep = len(next_use_M) > 0, len(wanted_VE) > 0, len(missed_M) > 0
+    bound = policy == BELADY_BYPASS
     cold = evictions = bypassed = prefill_accesses = prefill_misses = 0
     stamp = 0
     layer = 0
@@ -239,8 +240,8 @@ def _replay(
             if state.keys[key].resident:
                 state.keys[key].pinned = stamp
                 missed_here_N[key] = False
-                # What chooses by the next use must know those of all before it chooses, and needs no order.
-                if future:
+                # The bound chooses among all that is held, as it will be when the event is over.
+                if bound:
                     belady.hit(state, key, event)
             else:
                 missed_here_N[key] = True
@@ -257,7 +258,7 @@ def _replay(
             key = keys_M[access]
             if not missed_here_N[key]:
                 # The release of a wave may have let it go before its turn; it was used all the same.
-                if state.keys[key].resident and not future:
+                if state.keys[key].resident and not bound:
                     hit(policy, state, key, event)
                 continue
             group = state.keys[key].group

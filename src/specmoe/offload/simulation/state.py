@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class Tier(NamedTuple):
     cache: PolicyState
     copies: Records
     waiting: Records
-    slots: NDArray[np.float64]
+    slots: Any
     flying: NDArray[np.int32]
     counts: NDArray[np.int64]
 
