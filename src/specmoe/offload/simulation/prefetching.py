@@ -38,9 +38,9 @@ _MOST_SPARED = 16
 def _worth(tier: Tier, own: Records, chance: float, begin: float, event: int, due: int) -> float:
     link, seen = tier.own[0], own[0]
     returning = (seen.returned + _PRIOR_RETURNED) / (seen.pushed + 1.0)
-    # Reads of one layer share the fixed cost, as many as there are slots.
-    # Evicted before it was needed counts as not needed; so does a prediction that is surer than it should be.
+    # What is evicted before it is needed was fetched for nothing, and so was what a prediction is too sure of.
     chance *= min(1.0, (seen.kept + _PRIOR) / (seen.promised + _PRIOR))
+    # Reads of one layer share the fixed cost, as many as there are slots.
     at_once = max(1.0, min(float(len(tier.slots)), seen.misses / max(seen.miss_chance, 1e-9)))
     return expected_value.worth(
         chance,
