@@ -272,7 +272,13 @@ def test_killed_and_started_again_gives_the_same(how: signal.Signals, tmp_path: 
     trace, out = tmp_path / "trace", tmp_path / "out"
     synthetic_trace(trace, topology=topology, documents=60, tokens=128, determinism=0.8, seed=5)
     process = subprocess.Popen(
-        train_command(trace, out), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        train_command(trace, out),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets what it runs in the background ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_a_checkpoint(process, out)
     os.killpg(process.pid, how)
