@@ -40,6 +40,9 @@ def verdict(
     policy: Annotated[str, typer.Option(help="Of eviction, as it is now.")] = "lru",
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences side by side.")] = 1,
     expert_bytes: Annotated[int | None, typer.Option(min=1, help="Size of an expert; default: the trace's.")] = None,
+    predictor_seconds: Annotated[
+        float | None, typer.Option(min=0, help="That a prediction takes; default: as measured in the run, else 0.")
+    ] = None,
     documents: Annotated[str, typer.Option(help="test: those that no predictor has seen; or all.")] = "test",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Whole documents up to so many tokens.")] = None,
     worth: Annotated[float, typer.Option(min=0, max=1000, help="% of tokens/s that make prefetching worth it.")] = 3.0,
@@ -63,6 +66,7 @@ def verdict(
         host_capacity=host_capacity,
         policy=policy,
         predictors=(predictor,) if predictor else (),
+        prediction_seconds=predictor_seconds,
         part=documents,
         max_tokens=max_tokens,
         batch=batch,
