@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specmoe.cli.options import AsJson, Device, print_json, resolve_device
+from specmoe.cli.stages import StageLine
 from specmoe.errors import SpecmoeError
 
 if TYPE_CHECKING:
-    from specmoe.cli.progress import ProgressLine
     from specmoe.training import EpochReport
 
 __all__ = ["register"]
@@ -70,30 +70,10 @@ def ensemble(
     typer.echo(f"\nresults: {target / 'ensemble.json'}\nreport:  {page}\nblend:   {files}")
 
 
-class _View:
+class _View(StageLine):
     """What is done now, and how far the student is."""
-
-    def __init__(self) -> None:
-        self._line: ProgressLine | None = None
-
-    def __enter__(self) -> _View:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._line is not None:
-            self._line.__exit__(None, None, None)
-            self._line = None
-
-    def stage(self, text: str) -> None:
-        """Say what happens now."""
-        self.__exit__()
-        typer.echo(text, err=True)
 
     def epoch(self, title: str, report: EpochReport, epochs: int) -> None:
         """Take in an epoch's report."""
-        from specmoe.cli.progress import ProgressLine
-
-        if self._line is None:
-            self._line = ProgressLine(title).__enter__()
         note = f"epoch {report.epoch} of {epochs}, validation recall@K {100 * report.validation_recall:.1f} %"
-        self._line.update(report.epoch, epochs, note)
+        self.show(title, report.epoch, epochs, note)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specmoe.cli.options import AsJson, Device, Out, TracePath, parse_horizons, print_json, resolve_device
+from specmoe.cli.stages import StageLine
 from specmoe.errors import SpecmoeError
 
 if TYPE_CHECKING:
-    from specmoe.cli.progress import ProgressLine
     from specmoe.offload.hardware.profile import Hardware
     from specmoe.offload.results import SimulationResults
 
@@ -168,29 +168,9 @@ def _tell(results: SimulationResults) -> None:
     typer.echo("\n".join(found(results)))
 
 
-class View:
+class View(StageLine):
     """What is done now, and how many runs are done."""
-
-    def __init__(self) -> None:
-        self._line: ProgressLine | None = None
-
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._line is not None:
-            self._line.__exit__(None, None, None)
-            self._line = None
-
-    def stage(self, text: str) -> None:
-        """Say what happens now."""
-        self.__exit__()
-        typer.echo(text, err=True)
 
     def run(self, done: int, total: int, key: str) -> None:
         """Say which run is next."""
-        from specmoe.cli.progress import ProgressLine
-
-        if self._line is None:
-            self._line = ProgressLine("simulating").__enter__()
-        self._line.update(done, total, key)
+        self.show("simulating", done, total, key)
