@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.families import Family
-from specmoe.sources.recording import ForwardRoutes, LayerRoute, TokenIds, padded
+from specmoe.sources.recording import ForwardRoutes, LayerRoute, TokenIds, cache_name, padded
 from specmoe.trace import Phase
 
 __all__ = ["BatchRoutes", "Generation", "join", "run_generation"]
@@ -101,7 +101,7 @@ def run_generation(
         torch.manual_seed(generation.seed * 1_000_003 + batch_seed)
         # Made from the configuration, an encoder-decoder's cache has as many layers as its encoder.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if family.is_encoder_decoder else None
-        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        options: dict[str, Any] = {} if cache is None else {cache_name(): cache}
         sequences: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
     written = sequences[:, 1 if family.is_encoder_decoder else ids.shape[1] :][:, : generation.tokens]
     ended = torch.isin(written, torch.tensor(ends, device=written.device, dtype=written.dtype))

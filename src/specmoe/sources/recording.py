@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from specmoe.errors import SpecmoeError
 from specmoe.sources.families import Family, RouterSite, router_sites
 
-__all__ = ["ForwardRoutes", "LayerRoute", "Recorder", "TokenIds", "padded", "recorded_routes", "run_model"]
+__all__ = [
+    "ForwardRoutes",
+    "LayerRoute",
+    "Recorder",
+    "TokenIds",
+    "cache_name",
+    "padded",
+    "recorded_routes",
+    "run_model",
+]
 
 # One document's token ids.
 TokenIds = Sequence[int] | np.ndarray
@@ -198,6 +207,17 @@ def run_model(model: Any, family: Family, documents: Sequence[TokenIds]) -> None
     ids, mask = padded(documents, model.device)
     # Without the language-model head: nobody reads next-token logits here.
     _text_reader(model, family)(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def cache_name() -> str:
+    """What the installed transformers calls a model's cache of keys and values, as argument and in its output.
+
+    Up to 5.23 it is ``past_key_values``; 5.24 calls it ``cache`` and warns of the older name.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def padded(

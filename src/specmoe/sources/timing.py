@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from specmoe.sources.families import Family, router_sites
+from specmoe.sources.recording import cache_name
 
 __all__ = ["decode_tokens", "machine_name", "measure_layer_us", "synchronise"]
 
@@ -69,9 +70,9 @@ def decode_tokens(model: Any, family: Family, stack: str, steps: int, warmed_up:
     named: dict[str, Any] = {}
     if family.is_encoder_decoder:
         named = {"encoder_outputs": model.get_encoder()(input_ids=prompt)}
-    cache = getattr(model(**named, **{ids_name: prompt}, use_cache=True), "past_key_values", None)
+    cache = getattr(model(**named, **{ids_name: prompt}, use_cache=True), cache_name(), None)
     if cache is not None:
-        named = {**named, "past_key_values": cache, "use_cache": True}
+        named = {**named, cache_name(): cache, "use_cache": True}
     for step in range(steps + 2):
         model(**named, **{ids_name: token})
         if step == 1:
