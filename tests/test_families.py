@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from specmoe.cli import run_verb
 from specmoe.errors import SpecmoeError
-from specmoe.sources.families import EXCLUDED, FAMILIES, Family, family_of, router_sites
+from specmoe.sources.families import EXCLUDED, FAMILIES, ROWS_UP_TO, Family, RouterSite, family_of, router_sites
 from specmoe.sources.importers import IMPORTERS
-from specmoe.sources.recording import LayerRoute, recorded_routes
+from specmoe.sources.recording import ForwardRoutes, LayerRoute, recorded_routes
 from tiny_models import TINY, VOCABULARY, offered_families, tiny_model
 
 NAMES = sorted(TINY)
@@ -35,24 +37,40 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Calls:
-    """The arguments with which each router was called, kept to call it again."""
+    """The arguments with which routers were called, in order, kept to call them again."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.made: list[tuple[RouterSite, tuple[Any, ...], dict[str, Any]]] = []
         for site in router_sites(model, family):
-            site.router.register_forward_pre_hook(self._keep(site.layer), with_kwargs=True)
+            site.router.register_forward_pre_hook(self._keep(site), with_kwargs=True)
 
-    def _keep(self, layer: int) -> Any:
+    def _keep(self, site: RouterSite) -> Any:
         def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self.arguments[layer] = arguments, named
+            self.made.append((site, arguments, named))
 
         return hook
 
 
+def assert_replayed(family: Family, calls: Calls, forward: ForwardRoutes) -> None:
+    """Every router, called with what was recorded as its input, gives the recorded logits, ids and weights."""
+    made = list(calls.made)  # replaying calls the hooks again
+    assert [site.layer for site, _, _ in made] == list(forward.order)
+    for (site, *call), route in zip(made, forward.layers, strict=True):
+        (given, *others), named = _positional(*call)
+        replay = site.router(route.hidden.view(given.shape), *others, **named)
+        assert torch.equal(family.read_logits(replay).flatten(0, -2), route.logits)
+        chosen, weights = _route_again(family, site.block, site.router, replay, route)
+        assert torch.equal(chosen, route.ids)
+        assert torch.equal(weights, route.weights)
+
+
 def test_every_family_that_transformers_offers_is_covered_or_left_out_for_a_reason() -> None:
-    assert offered_families() - set(FAMILIES) - set(EXCLUDED) == set()
-    assert set(FAMILIES) <= offered_families()
-    assert set(FAMILIES) - set(TINY) == {"switch_transformers"}  # an encoder-decoder: tests/test_capture.py
+    installed, offered = Version(transformers.__version__), offered_families()
+    # A family of a newer release than the rows were written for is captured by replay: tests/test_unlisted.py.
+    if installed.release[:2] <= Version(ROWS_UP_TO).release:
+        assert offered - set(FAMILIES) - set(EXCLUDED) == set()
+    assert {name for name, family in FAMILIES.items() if Version(family.since) > installed} == set(FAMILIES) - offered
+    assert (set(FAMILIES) & offered) - set(TINY) == {"switch_transformers"}  # an encoder-decoder: tests/test_capture.py
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,23 +79,19 @@ def test_the_capture_is_exact_and_leaves_nothing_behind(name: str) -> None:
     calls = Calls(model, family)
     with torch.no_grad():
         before = logits_of(model(input_ids=ids))
+        calls.made.clear()
         with recorded_routes(model, family) as recorder:
             assert torch.equal(logits_of(model(input_ids=ids)), before)
+        made, calls.made = calls.made, []
         assert torch.equal(logits_of(model(input_ids=ids)), before)
+        calls.made = made
         (forward,) = recorder.take()
         assert torch.equal(forward.token_ids, ids.flatten())
         assert forward.rows.tolist() == [row for row in range(3) for _ in range(16)]
-        for site, route in zip(router_sites(model, family), forward.layers, strict=True):
-            (given, *others), named = _positional(calls.arguments[site.layer])
-            replay = site.router(route.hidden.view(given.shape), *others, **named)
-            assert torch.equal(family.read_logits(replay).flatten(0, -2), route.logits)
-            chosen = _route_again(family, site.block, site.router, replay, route)
-            assert torch.equal(chosen[0], route.ids)
-            assert torch.equal(chosen[1], route.weights)
+        assert_replayed(family, calls, forward)
 
 
-def _positional(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    arguments, named = call
+def _positional(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (
         (arguments, named)
         if arguments

@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "num_expert_group"), 4),
     "topk_group": 2,
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "first_k_dense_replace", "num_dense_layers"), 1),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "max_seq_len"), 256),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "hidden_size_per_layer_input"), 8),
@@ -62,8 +62,19 @@ _LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has as many 
 _GROUPED = {"topk_method": "group_limited_greedy"}
 _KIMI = {"num_hidden_layers": 5, "linear_num_heads": 4, "linear_head_dim": 8}  # the reference code is cubic
 _HYBRID = {"num_hidden_layers": 4}  # every fourth layer has full attention
+_WINDOWED = {
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{"d_rel": 4, "rel_extent": 32},
+}
+# Layers 1 and 2 run twice: 0, 1, 2, 1, 2, 3.
+_LOOPED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+    **{"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 8},
+    "n_layers_per_attn_res_block": 1,
+}
 
-TINY: dict[str, Tiny] = {
+_TINY: dict[str, Tiny] = {
     "afmoe": Tiny("afmoe", "AfmoeForCausalLM"),
     "aria": Tiny("aria_text", "AriaTextForCausalLM"),
     "axk1": Tiny("axk1", "AXK1ForCausalLM", _LATENT),
@@ -139,14 +150,21 @@ TINY: dict[str, Tiny] = {
     "hunyuan_v1_moe": Tiny("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM"),
     "hy_v3": Tiny("hy_v3", "HYV3ForCausalLM"),
     "hy_v4": Tiny("hy_v4", "HYV4ForCausalLM"),
+    "hy_v4_vl": Tiny(
+        "hy_v4_vl_text",
+        "HYV4VLTextModel",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    ),
     "inkling": Tiny("inkling_text", "InklingForCausalLM"),
-    "inkling2": Tiny("inkling2_text", "Inkling2ForCausalLM"),
+    "inkling2": Tiny("inkling2_text", "Inkling2ForCausalLM", _WINDOWED),
+    "inkling2_loop": Tiny("inkling2_loop_text", "Inkling2LoopForCausalLM", {**_WINDOWED, **_LOOPED}),
     "jamba": Tiny("jamba", "JambaForCausalLM", {**_HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "jetmoe": Tiny("jetmoe", "JetMoeForCausalLM"),
     "kimi_linear": Tiny("kimi_linear", "KimiLinearForCausalLM", {**_LATENT, **_KIMI}),
     "kolibri1": Tiny("kolibri1", "Kolibri1ForCausalLM"),
     "laguna": Tiny("laguna", "LagunaForCausalLM"),
     "lfm2_moe": Tiny("lfm2_moe", "Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "lara_mini": Tiny("lara_mini", "LaraMiniForCausalLM", _HYBRID),
     "llama4": Tiny("llama4_text", "Llama4ForCausalLM"),
     "longcat_flash": Tiny("longcat_flash", "LongcatFlashForCausalLM", {**_LATENT, "zero_expert_num": 4}),
     "mellum": Tiny("mellum", "MellumForCausalLM"),
@@ -186,6 +204,10 @@ TINY: dict[str, Tiny] = {
     "unlimited_ocr": Tiny("unlimited_ocr_text", "UnlimitedOcrTextModel", _GROUPED),
     "zaya": Tiny("zaya", "ZayaForCausalLM", {"num_experts_per_tok": 1}),
 }
+
+
+# Those that the installed transformers has.
+TINY = {name: tiny for name, tiny in _TINY.items() if tiny.config in CONFIG_MAPPING}
 
 
 def tiny_config(name: str, **changes: Any) -> Any:

@@ -52,7 +52,7 @@ _PIXTRAL = {"vision_config": {"model_type": "pixtral"}}
 _DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0]}}
 _OCR: dict[str, Any] = {"vision_config": {"sam_config": {"global_attn_indexes": [0], "downsample_channels": [32, 32]}}}
 
-WHOLE: dict[str, Whole] = {
+_WHOLE: dict[str, Whole] = {
     "aria": Whole("aria", "AriaForConditionalGeneration", "aria", {"vision_config": {"model_type": "idefics3_vision"}}),
     "deepseek_ocr2": Whole("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "deepseek_ocr2", _OCR),
     "diffusion_gemma": Whole(
@@ -73,6 +73,7 @@ WHOLE: dict[str, Whole] = {
     "gemma4": Whole("gemma4", "Gemma4ForConditionalGeneration", "gemma4"),
     "glm4v_moe": Whole("glm4v_moe", "Glm4vMoeForConditionalGeneration", "glm4v_moe"),
     "glm5_next": Whole("glm5_next", "Glm5NextForConditionalGeneration", "glm5_next"),
+    "hy_v4_vl": Whole("hy_v4_vl", "HYV4VLForConditionalGeneration", "hy_v4_vl"),
     "inkling": Whole(
         "inkling_mm_model",
         "InklingForConditionalGeneration",
@@ -80,6 +81,12 @@ WHOLE: dict[str, Whole] = {
         {"vision_config": {"num_hidden_layers": 3, "patch_size": 2}},  # fewer layers than factors of a patch need scipy
     ),
     "inkling2": Whole("inkling2", "Inkling2ForConditionalGeneration", "inkling2"),
+    "inkling2_loop": Whole(
+        "inkling2_loop",
+        "Inkling2LoopForConditionalGeneration",
+        "inkling2_loop",
+        {"vision_config": {"model_type": "inkling2_vision"}},
+    ),
     "kimi_k25": Whole("kimi_k25", "Kimi_K25ForConditionalGeneration", "deepseek_v3"),
     "llama4": Whole("llama4", "Llama4ForConditionalGeneration", "llama4", {}, "Llama4ForCausalLM"),
     "minimax_m3_vl": Whole("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl"),
@@ -110,6 +117,10 @@ WHOLE: dict[str, Whole] = {
     "step3p7": Whole("step3p7", "Step3p7ForConditionalGeneration", "step3p7"),
     "unlimited_ocr": Whole("unlimited_ocr", "UnlimitedOcrForConditionalGeneration", "unlimited_ocr", _OCR),
 }
+
+
+# Those that the installed transformers has.
+WHOLE = {name: whole for name, whole in _WHOLE.items() if whole.config in CONFIG_MAPPING}
 
 
 def whole_config(name: str, **text: Any) -> Any:

@@ -105,8 +105,14 @@ class Demand:
             prefill_chunk: prompt tokens of a sequence that are run in one step, at most.
 
         Raises:
-            SpecmoeError: nothing to replay, or an argument that cannot be.
+            SpecmoeError: nothing to replay, an argument that cannot be, or a looped transformer, whose layers run
+                several times with the same experts.
         """
+        if "layer_order" in trace.manifest.source.settings:
+            raise SpecmoeError(
+                f"{trace.topology.model_id} runs some layers several times with the same experts; caches count each "
+                "run's experts as others, so such a trace cannot be simulated yet; it can be trained on and judged"
+            )
         records = [trace.read(index, ()) for index in documents]
         return cls.of_records(
             trace.topology,

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError, unknown_name
 
-__all__ = ["EXCLUDED", "FAMILIES", "NOT_TEXT", "Family", "RouterSite", "family_of", "router_sites"]
+__all__ = ["EXCLUDED", "FAMILIES", "NOT_TEXT", "ROWS_UP_TO", "Family", "RouterSite", "family_of", "router_sites"]
 
 Route = tuple[Tensor, Tensor]
+# The newest release of transformers whose families all have a row.
+ROWS_UP_TO = "5.24"
 # Parts of a multimodal model that text does not pass through.
 NOT_TEXT = {"vision", "visual", "vision_tower", "vision_model", "vision_moe", "audio", "audio_tower", "talker"}
 
@@ -49,6 +51,7 @@ class Family:
         dense: some layers have no experts, by default or by configuration.
         zero: ids from E on are zero or skip experts, which compute nothing.
         note: what else a reader of its traces should know.
+        since: the first version of transformers that has it, of those that can be installed beside us.
         stacks: name of each stack and the part of a block's path that marks it; the first is captured unless
             another one is asked for.
         reader: where a whole model's text is read by one part of its base model only, that part's name.
@@ -67,6 +70,7 @@ class Family:
     dense: bool = False
     zero: bool = False
     note: str = ""
+    since: str = "5.21"
     stacks: dict[str, str] = field(default_factory=lambda: {"decoder": ""})
     reader: str = ""
     is_encoder_decoder: bool = False
@@ -165,7 +169,7 @@ _ROWS = (
         "router and experts see different inputs",
     ),
     _biased("dots1", groups=True, shared=True, dense=True),
-    _biased("dots3_note", groups=True, shared=True, dense=True, note="text part of a multimodal model"),
+    _biased("dots3_note", groups=True, shared=True, dense=True, note="text part of a multimodal model", since="5.23"),
     Family("ernie4_5_moe", bias=True, shared=True, dense=True),
     Family("ernie4_5_vl_moe", bias=True, dense=True, note="text experts of a vision-language model"),
     _biased("exaone_moe", groups=True, shared=True, dense=True),
@@ -189,8 +193,12 @@ _ROWS = (
     Family("hunyuan_v1_moe", shared=True),
     _biased("hy_v3", shared=True, dense=True),
     _biased("hy_v4", groups=True, shared=True, dense=True),
+    _biased(
+        "hy_v4_vl", groups=True, shared=True, dense=True, note="text part of a vision-language model", since="5.24"
+    ),
     _biased("inkling", shared=True, note="shared experts are weighed by the same router"),
-    _biased("inkling2", note="text part of a multimodal model"),
+    _biased("inkling2", note="text part of a multimodal model", since="5.23"),
+    _biased("inkling2_loop", note="its middle layers run several times; each run is recorded as a layer", since="5.24"),
     Family("jamba", dense=True, note="state-space and attention layers"),
     Family(
         "jetmoe",
@@ -204,6 +212,7 @@ _ROWS = (
     _biased("kolibri1", shared=True),
     _biased("laguna", shared=True, dense=True),
     _biased("lfm2_moe", dense=True, note="convolution and attention layers"),
+    Family("lara_mini", shared=True, note="linear and softmax attention", since="5.24"),
     Family(
         "llama4",
         "sigmoid",
@@ -221,7 +230,14 @@ _ROWS = (
     _biased("minimax_m2"),
     _biased("minimax_m3_vl", shared=True, dense=True, note="text part of a vision-language model"),
     Family("mistral4", groups=True, shared=True, dense=True),
-    Family("mistral_large4", groups=True, shared=True, dense=True, note="text part of a vision-language model"),
+    Family(
+        "mistral_large4",
+        groups=True,
+        shared=True,
+        dense=True,
+        note="text part of a vision-language model",
+        since="5.22",
+    ),
     Family("mixtral"),
     _biased("muse_spark", note="experts see a projection of the router's input"),
     _biased("nemotron_h", groups=True, shared=True, dense=True, note="state-space, attention and MoE layers"),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.sources.families import Family, family_of
-from specmoe.sources.model_shape import tokenizer_hash, topology_of_model, weights_hash
+from specmoe.sources.families import Family, family_of, router_sites
+from specmoe.sources.model_shape import layer_order, tokenizer_hash, topology_of_model, weights_hash
 from specmoe.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "untrained_like"]
@@ -108,6 +108,8 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
             live = live.eval()
             stack = stack or next(iter(family.stacks))
             topology = topology_of_model(live, family, stack, Path(model) if local else None)
+            looped = topology.layers > len(router_sites(live, family, stack))
+            order = {"layer_order": list(layer_order(live, family, stack))} if looped else {}
         except SpecmoeError:
             raise
         except Exception as error:
@@ -123,7 +125,7 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         topology=topology.model_copy(update={"model_id": name, "revision": revision}),
         stack=stack,
         tokenizer_id=tokenizer_hash(tokenizer),
-        settings=_settings(live, family, run, stack, seed, checkpoint.quantisation),
+        settings=_settings(live, family, run, stack, seed, checkpoint.quantisation) | order,
     )
 
 

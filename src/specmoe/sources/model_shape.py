@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from specmoe.errors import SpecmoeError
 from specmoe.files import sha256_file
 from specmoe.sources.families import NOT_TEXT, Family, RouterSite, router_sites
-from specmoe.sources.recording import LayerRoute, recorded_routes, run_model
+from specmoe.sources.recording import ForwardRoutes, LayerRoute, recorded_routes, run_model
 from specmoe.topology import Topology
 
-__all__ = ["linear_routers", "tokenizer_hash", "topology_of_model", "unembedding", "weights_hash"]
+__all__ = ["layer_order", "linear_routers", "tokenizer_hash", "topology_of_model", "unembedding", "weights_hash"]
 
 # Bytes in float16; a vocabulary of 128 thousand at a width of 2,048.
 _LARGEST_UNEMBEDDING = 512 << 20
@@ -37,7 +37,7 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
     Args:
         model: on its device. family, stack: where to look. directory: of the checkpoint, None if it is not local.
     """
-    sites, layers = router_sites(model, family, stack), _probe(model, family, stack, [0, 0])
+    sites, layers = router_sites(model, family, stack), _probe(model, family, stack, [0, 0]).layers
     classes = layers[0].logits.shape[-1]
     experts = min(_experts_with_weights(sites[0].experts) or classes, classes)
     numbers, dtype = _numbers_of_the_experts(sites[0], experts), getattr(model.config, "dtype", None)
@@ -46,7 +46,7 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
         stored = numbers * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
     return Topology(
         model_id="",
-        layers=len(sites),
+        layers=len(layers),
         experts=experts,
         top_k=layers[0].ids.shape[-1],
         hidden_size=layers[0].hidden.shape[-1],
@@ -55,10 +55,15 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
     )
 
 
-def _probe(model: Any, family: Family, stack: str, ids: list[int]) -> list[LayerRoute]:
+def layer_order(model: Any, family: Family, stack: str) -> tuple[int, ...]:
+    """Numbers of the MoE layers in the order in which they run: 0, 1, 2 and so on, but for a looped transformer."""
+    return _probe(model, family, stack, [0, 0]).order
+
+
+def _probe(model: Any, family: Family, stack: str, ids: list[int]) -> ForwardRoutes:
     with torch.inference_mode(), recorded_routes(model, family, stack) as recorder:
         run_model(model, family, [ids])
-    return recorder.take()[0].layers
+    return recorder.take()[0]
 
 
 def _experts_with_weights(experts: nn.Module) -> int | None:
@@ -87,12 +92,8 @@ def linear_routers(model: Any, family: Family, stack: str) -> tuple[Tensor, Tens
 
     Whether a router is linear is tried: the map must give the logits that the router gives.
     """
-    maps = [
-        _linear_map(site, layer)
-        for site, layer in zip(
-            router_sites(model, family, stack), _probe(model, family, stack, list(range(8))), strict=True
-        )
-    ]
+    sites, forward = router_sites(model, family, stack), _probe(model, family, stack, list(range(8)))
+    maps = [_linear_map(sites[number], layer) for number, layer in zip(forward.order, forward.layers, strict=True)]
     found = [each for each in maps if each is not None]
     if len(found) < len(maps):
         return None

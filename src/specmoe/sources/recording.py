@@ -53,12 +53,24 @@ class ForwardRoutes:
 
     Attributes:
         token_ids: [N]; -1 where the model was given embeddings. rows: [N] int64, each token's row in the batch.
-        layers: one entry per MoE layer.
+        layers: one entry per MoE layer, in execution order; a layer that a model runs several times (a looped
+            transformer) has an entry for each.
+        order: for each entry the number of its :class:`RouterSite`.
     """
 
     token_ids: Tensor
     rows: Tensor
     layers: list[LayerRoute]
+    order: tuple[int, ...]
+
+
+@dataclass
+class _Visit:
+    """One run of a MoE layer while its forward pass lasts."""
+
+    layer: int
+    router: tuple[Tensor, Tensor]
+    route: tuple[Tensor, Tensor] | None = None
 
 
 class Recorder:
@@ -68,8 +80,8 @@ class Recorder:
         self._layers = layers
         self._finished: list[ForwardRoutes] = []
         self._inputs: dict[str, Any] = {}
-        self._routers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._routes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._visits: list[_Visit] = []
+        self._order: tuple[int, ...] = ()
 
     def take(self) -> list[ForwardRoutes]:
         """The forward passes since the last call; the recorder forgets them."""
@@ -78,17 +90,27 @@ class Recorder:
 
     def _open(self, inputs: dict[str, Any]) -> None:
         # A forward pass that raised left its layers here.
-        self._routers, self._routes, self._inputs = {}, {}, inputs
+        self._visits, self._inputs = [], inputs
+
+    def _routed(self, layer: int, route: tuple[Tensor, Tensor]) -> None:
+        visit = next((visit for visit in reversed(self._visits) if visit.layer == layer), None)
+        if visit is not None:
+            visit.route = route
 
     def _close(self) -> None:
+        complete = {visit.layer for visit in self._visits} - {v.layer for v in self._visits if v.route is None}
         for layer in range(self._layers):
-            if layer not in self._routers or layer not in self._routes:
+            if layer not in complete:
                 raise SpecmoeError(f"MoE layer {layer} ran without its router or its experts; its route is unknown")
+        order = tuple(visit.layer for visit in self._visits)
+        self._order = self._order or order
+        if order != self._order:
+            raise SpecmoeError("the model runs its MoE layers in another order from one pass to the next")
         token_ids = _token_ids(self._inputs)
         batch, length = token_ids.shape
         rows = torch.arange(batch, device=token_ids.device).repeat_interleave(length)
         token_ids = token_ids.flatten()
-        layers = [(*self._routers[i], *self._routes[i]) for i in range(self._layers)]
+        layers = [(*visit.router, *(visit.route or ())) for visit in self._visits]
         for layer, (hidden, *_) in enumerate(layers):
             if len(hidden) != batch * length:
                 raise SpecmoeError(f"MoE layer {layer} saw {len(hidden)} of {batch * length} tokens; is that all text?")
@@ -96,7 +118,7 @@ class Recorder:
         if kept is not None:
             token_ids, rows = token_ids[kept], rows[kept]
             layers = [tuple(tensor[kept.to(tensor.device)] for tensor in layer) for layer in layers]
-        self._finished.append(ForwardRoutes(token_ids, rows, [LayerRoute(*layer) for layer in layers]))
+        self._finished.append(ForwardRoutes(token_ids, rows, [LayerRoute(*layer) for layer in layers], order))
         self._open({})
 
 
@@ -142,16 +164,17 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
         def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             hidden = arguments[0] if arguments else named["hidden_states"]
             logits = family.read_logits(output)
-            recorder._routers[site.layer] = hidden.detach().flatten(0, -2), logits.detach().flatten(0, -2)
+            visit = _Visit(site.layer, (hidden.detach().flatten(0, -2), logits.detach().flatten(0, -2)))
+            recorder._visits.append(visit)
             if family.read_chosen is not None:
-                recorder._routes[site.layer] = _detached(family.read_chosen(site.router, output))
+                visit.route = _detached(family.read_chosen(site.router, output))
 
         return hook
 
     def experts_run(site: RouterSite) -> Callable[..., None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             assert family.read_executed is not None
-            recorder._routes[site.layer] = _detached(family.read_executed(site.block, (*arguments, *named.values())))
+            recorder._routed(site.layer, _detached(family.read_executed(site.block, (*arguments, *named.values()))))
 
         return hook
 
