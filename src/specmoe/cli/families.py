@@ -34,6 +34,7 @@ def families(json: AsJson = False) -> None:
             **{name: getattr(family, name) for name in _FACTS},
             "stacks": list(family.stacks),
             "note": family.note,
+            "since": family.since,
         }
         for family in FAMILIES.values()
     ]
@@ -49,6 +50,10 @@ def families(json: AsJson = False) -> None:
     typer.echo(f"\n{len(FAMILIES)} families. Left out:")
     for name, reason in EXCLUDED.items():
         typer.echo(f"{name:{width}}  {reason}")
+    typer.echo(
+        "\nAnother family of the installed transformers is tried as most route, and captured if its routers, called "
+        "again with what was recorded, give the recorded routes bit for bit."
+    )
 
 
 def formats(json: AsJson = False) -> None:

@@ -49,6 +49,10 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
+    def note(self, text: str) -> None:
+        """Say something once, above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Show how far it is; without a total, only that it goes on."""
         self._progress.update(self._task, completed=done, total=total, note=note)

@@ -22,6 +22,7 @@ from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_l
 from specmoe.sources.model_shape import linear_routers, unembedding
 from specmoe.sources.recording import ForwardRoutes, LayerRoute, Recorder, recorded_routes, run_model
 from specmoe.sources.timing import machine_name, measure_layer_us
+from specmoe.sources.unlisted import checked_by_replay
 from specmoe.trace import Manifest, RoutingRecord, Source, Timing, TraceWriter
 from specmoe.trace.record import is_finite
 from specmoe.trace.writer import fields_of, keeps_hidden
@@ -82,6 +83,7 @@ def collect(
     device: str = "cpu",
     device_map: str | None = None,
     on_progress: Callable[[CaptureProgress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Let a model read documents and write its routing to a trace.
 
@@ -101,14 +103,14 @@ def collect(
         untrained: use random weights drawn from ``seed``, as a control.
         generation: let the model continue each document, which is its prompt; None to read only.
         dtype: what the model computes in. device: where. device_map: how it is spread over several GPUs.
-        on_progress: called after each batch.
+        on_progress: called after each batch. on_note: called with what a user should know, a line each.
 
     Returns:
         ``out``.
 
     Raises:
-        SpecmoeError: no such model, nothing to read, a NaN on the way (document and layer are named),
-            a full disk, or ``out`` holds another trace.
+        SpecmoeError: no such model, routes that cannot be told for certain, nothing to read, a NaN on the way
+            (document and layer are named), a full disk, or ``out`` holds another trace.
     """
     keeps_hidden("", keep_hidden)
     if hidden_dtype not in DTYPES:
@@ -129,6 +131,12 @@ def collect(
         loaded, documents, max_tokens_per_document, max_tokens, seed, generation.tokens if generation else 0
     )
     batches = batched(encoded, batch_tokens, seed)
+    if not loaded.family.listed:
+        loaded = checked_by_replay(loaded, batches[0][0].ids)
+        on_note(
+            f"{loaded.family.name} models are not listed; their routers, called again with what was recorded on the "
+            "first document, gave the recorded routes bit for bit"
+        )
     manifest = _manifest(
         loaded,
         documents,

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError, unknown_name
 
-__all__ = ["EXCLUDED", "FAMILIES", "NOT_TEXT", "ROWS_UP_TO", "Family", "RouterSite", "family_of", "router_sites"]
+__all__ = [
+    "EXCLUDED",
+    "FAMILIES",
+    "NOT_TEXT",
+    "ROWS_UP_TO",
+    "Family",
+    "RouterSite",
+    "family_of",
+    "not_certain",
+    "router_sites",
+]
 
 Route = tuple[Tensor, Tensor]
 # The newest release of transformers whose families all have a row.
@@ -51,6 +61,7 @@ class Family:
         dense: some layers have no experts, by default or by configuration.
         zero: ids from E on are zero or skip experts, which compute nothing.
         note: what else a reader of its traces should know.
+        listed: False for one without a row, see :mod:`specmoe.sources.unlisted`.
         since: the first version of transformers that has it, of those that can be installed beside us.
         stacks: name of each stack and the part of a block's path that marks it; the first is captured unless
             another one is asked for.
@@ -70,6 +81,7 @@ class Family:
     dense: bool = False
     zero: bool = False
     note: str = ""
+    listed: bool = True
     since: str = "5.21"
     stacks: dict[str, str] = field(default_factory=lambda: {"decoder": ""})
     reader: str = ""
@@ -286,20 +298,35 @@ _OTHER_NAMES = {"inkling_mm_model": "inkling", "step3p5": "step3p7", "nllb-moe":
 def family_of(model_type: str, text_type: str | None = None) -> Family:
     """The row of a ``config.model_type``; a text part (``..._text``) has its whole model's.
 
+    What the installed transformers knows and no row is about is taken to route as most do; whether it does must be
+    checked (:mod:`specmoe.sources.unlisted`).
+
     Args:
         model_type: of the model. text_type: of its text part, which tells how a model routes that has no row of
             its own, such as Mistral-3 around Mistral-4 or Kimi-K2.5 around DeepSeek-V3.
 
     Raises:
-        SpecmoeError: there is no row for it.
+        SpecmoeError: it is left out, or neither we nor the installed transformers know it.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     names = [name for each in (model_type, text_type) if each is not None for name in _names(each)]
     name = next((name for name in names if name in FAMILIES or name in EXCLUDED), None)
     if name in EXCLUDED:
         raise SpecmoeError(f"{model_type} models cannot be captured: {EXCLUDED[name]}")
-    if name is None:
+    if name is not None:
+        return FAMILIES[name]
+    if model_type not in CONFIG_MAPPING_NAMES:
         raise unknown_name("model family", model_type, FAMILIES)
-    return FAMILIES[name]
+    return Family(model_type, "unknown", listed=False)
+
+
+def not_certain(family: Family, reason: str) -> SpecmoeError:
+    """The error for a model of a family without a row whose routes cannot be told for certain."""
+    return SpecmoeError(
+        f"{family.name} models are not known to specmoe (specmoe families lists those that are), and the common way "
+        f"of capturing does not fit: {reason}"
+    )
 
 
 def _names(model_type: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.sources.families import Family, family_of, router_sites
+from specmoe.sources.families import Family, family_of, not_certain, router_sites
 from specmoe.sources.model_shape import layer_order, tokenizer_hash, topology_of_model, weights_hash
 from specmoe.topology import Topology
 
@@ -106,14 +106,12 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         try:
             live = _trained(model, local, run, checkpoint) if seed is None else _untrained(model, local, run, seed)
             live = live.eval()
-            stack = stack or next(iter(family.stacks))
-            topology = topology_of_model(live, family, stack, Path(model) if local else None)
-            looped = topology.layers > len(router_sites(live, family, stack))
-            order = {"layer_order": list(layer_order(live, family, stack))} if looped else {}
         except SpecmoeError:
             raise
         except Exception as error:
             raise _cannot_load("", model, local, error) from error
+        stack = stack or next(iter(family.stacks))
+        topology, order = _shape(live, family, stack, Path(model) if local else None)
     name = Path(model).resolve().name if local else model
     revision = weights_hash(Path(model)) if local else str(getattr(live.config, "_commit_hash", None) or "")
     if seed is not None:
@@ -127,6 +125,25 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         tokenizer_id=tokenizer_hash(tokenizer),
         settings=_settings(live, family, run, stack, seed, checkpoint.quantisation) | order,
     )
+
+
+def _shape(live: Any, family: Family, stack: str, directory: Path | None) -> tuple[Topology, dict[str, Any]]:
+    """Topology, and for a looped transformer the order of its layers, as a setting."""
+    try:
+        topology = topology_of_model(live, family, stack, directory)
+        looped = topology.layers > len(router_sites(live, family, stack))
+        return topology, {"layer_order": list(layer_order(live, family, stack))} if looped else {}
+    except Exception as error:
+        if not family.listed:
+            raise not_certain(family, _reason(error)) from error
+        if isinstance(error, SpecmoeError):
+            raise
+        raise SpecmoeError(f"the model does not run: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _tokenizer(model: str, local: bool) -> Any:
@@ -314,8 +331,7 @@ def _described(model: str, local: bool) -> _Checkpoint:
 
 
 def _cannot_load(part: str, model: str, local: bool, error: Exception) -> SpecmoeError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    reason = _reason(error)
     subject = f"{part} {model}".strip()
     if local:
         return SpecmoeError(f"cannot load {subject}: {reason}")

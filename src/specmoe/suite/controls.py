@@ -101,10 +101,11 @@ def true_router_recall(data: SuiteData) -> float | None:
     The inputs were rounded when they were stored, which moves a logit by at most u Σ |w| |x| (u the unit
     roundoff of the stored type); an expert that misses the K by no more than that counts as chosen. None
     where the trace keeps no routers or no inputs, or where the choice is not the top-k of the logits (correction
-    biases, group limits).
+    biases, group limits, or a replay has shown it).
     """
     settings = data.trace.manifest.source.settings
-    if settings.get("correction_bias") or settings.get("group_limited"):
+    by_other_rule = settings.get("choice_is_top_k") is False
+    if settings.get("correction_bias") or settings.get("group_limited") or by_other_rule:
         return None
     weight, bias = data.knowledge.router_weight_LED, data.knowledge.router_bias_LE
     windows = data.evaluated["test"]
