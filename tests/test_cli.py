@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import specmoe
 from specmoe.cli import run_verb
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import Results
@@ -277,3 +279,46 @@ def test_the_original_command_trains_on_the_pickle(tmp_path: Path) -> None:
     (results,) = (tmp_path / "results").glob("comprehensive_speculation_training_*.json")
     assert [p.name for p in Results.load(results).predictors] == ["SmallSpeculationModel", "Ridge"]
     assert (tmp_path / "trained_models" / "jobs" / "SmallSpeculationModel-seed0" / "model.safetensors").exists()
+
+
+def test_the_version_is_said_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(["--version"]) == 0
+    assert capsys.readouterr().out == f"specmoe {specmoe.__version__}\n"
+    assert importlib.metadata.version("specmoe") == specmoe.__version__
+
+
+WARNING_VERB = """
+import logging, sys, warnings
+from specmoe import cli
+
+def warn():
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.warn_explicit(f"said as {category.__name__}", category, "other.py", 1, module="other")
+
+cli.app.command("warn")(warn)
+sys.argv = ["specmoe", "warn"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_users_do_not_see_what_dependencies_tell_their_developers(asked: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    options = ["-W", "default"] if asked else []
+    ended = subprocess.run(
+        [sys.executable, *options, "-c", WARNING_VERB], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ("said as FutureWarning" in ended.stderr) == asked
+    assert ("said as DeprecationWarning" in ended.stderr) == asked
+    assert "said as UserWarning" in ended.stderr
+
+
+def test_collecting_prints_our_own_lines_only(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 4)
+    arguments = ["collect", "--text", str(tmp_path / "text.txt"), "--generate", "4", "--out", str(tmp_path / "trace")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "specmoe", *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    assert [line for line in ended.stderr.splitlines() if not line.startswith("reading: ")] == []
+    assert ended.stdout.count("\n") == 1

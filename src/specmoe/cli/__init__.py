@@ -5,11 +5,14 @@ Heavy packages are imported inside the verbs, so that ``specmoe --help`` answers
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+import warnings
+from typing import Annotated, Any
 
 import typer
 
+from specmoe import __version__
 from specmoe.cli import (
     collecting,
     comparing,
@@ -61,9 +64,38 @@ for module in (
     module.register(app)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"specmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What can stand before a verb."""
+
+
 def main() -> None:
     """Entry point of the ``specmoe`` command."""
+    _hush_dependencies()
     sys.exit(run_verb(sys.argv[1:]))
+
+
+def _hush_dependencies() -> None:
+    """Keep notes of other packages to their developers off the terminal, in worker processes too.
+
+    Whoever asks for them (``python -W``, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if sys.warnoptions:
+        return
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    os.environ["PYTHONWARNINGS"] = "ignore::DeprecationWarning,ignore::PendingDeprecationWarning,ignore::FutureWarning"
 
 
 def run_verb(arguments: list[str]) -> int:
