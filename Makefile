@@ -4,22 +4,25 @@ VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PINS := constraints/cpu.txt
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Small models train fastest on one thread a process; a waiting thread must not spin on the other core.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench setup clean help
+.PHONY: demo test latest lint format bench setup clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(INSTALLED)  ## make the virtual environment and install everything
 
-$(INSTALLED): pyproject.toml constraints/cpu.txt
+# Torch goes first, and what builds the package: both would otherwise be taken in a version that nobody tested.
+$(INSTALLED): pyproject.toml $(PINS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "specmoe needs Python 3.11 or newer; say which with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints/cpu.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+	grep -E '^(torch|hatchling|editables)==' $(PINS) | xargs $(PIP) install -c $(PINS)
+	$(PIP) install -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 demo: setup  ## capture real routing, train all predictors, write runs/demo/report.html
@@ -27,6 +30,9 @@ demo: setup  ## capture real routing, train all predictors, write runs/demo/repo
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+latest:  ## run the tests with the newest releases of all packages; says what broke, in runs/latest.md
+	$(PYTHON) scripts/latest.py
 
 lint: setup  ## style and types
 	$(BIN)/ruff check .
