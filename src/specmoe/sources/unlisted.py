@@ -83,8 +83,8 @@ def _check(call: _Call, route: LayerRoute, family: Family) -> None:
     if bool((route.weights == 0).any()):
         raise SpecmoeError(f"experts of MoE layer {site.layer} are called with weight 0, which may mean not at all")
     answers = output if isinstance(output, tuple) else (output,)
-    choose = getattr(site.block, "route_tokens_to_experts", None)
-    if len(answers) == 1 and callable(choose):
+    choose: Any = getattr(site.block, "route_tokens_to_experts", None)
+    if len(answers) == 1 and choose is not None:
         answers = (*answers, *choose(output))
     found = [answer.flatten(0, -2) for answer in answers if isinstance(answer, Tensor) and answer.ndim > 1]
     for name, executed in (("ids", route.ids), ("weights", route.weights)):
