@@ -64,8 +64,8 @@ class ForwardRoutes:
 class Recorder:
     """Gathers what the hooks of :func:`recorded_routes` see. One entry per forward pass of the stack."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self._blocks, self._layers = blocks, len(blocks)
         self._finished: list[ForwardRoutes] = []
         self._inputs: dict[str, Any] = {}
         self._routers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -81,9 +81,14 @@ class Recorder:
         self._routers, self._routes, self._inputs = {}, {}, inputs
 
     def _close(self) -> None:
-        for layer in range(self._layers):
+        for layer, block in enumerate(self._blocks):
             if layer not in self._routers or layer not in self._routes:
-                raise SpecmoeError(f"MoE layer {layer} ran without its router or its experts; its route is unknown")
+                part = "router" if layer not in self._routers else "experts"
+                raise SpecmoeError(
+                    f"MoE layer {layer} ({block}) never called its {part}, so its route is unknown: some other code "
+                    "does the work of transformers' modules (the package kernels? a compiled or patched model?); "
+                    "run it without that"
+                )
         token_ids = _token_ids(self._inputs)
         batch, length = token_ids.shape
         rows = torch.arange(batch, device=token_ids.device).repeat_interleave(length)
@@ -130,7 +135,7 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
     """
     sites = router_sites(model, family, stack)
     owner = _reader(model, family, stack)
-    recorder = Recorder(len(sites))
+    recorder = Recorder([site.path for site in sites])
 
     def opened(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         recorder._open({"input_ids": arguments[0], **named} if arguments else named)
