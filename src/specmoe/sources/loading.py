@@ -178,9 +178,9 @@ def _dequantising(quantisation: str | None) -> dict[str, Any]:
     With the package kernels, transformers would run MXFP4 experts as they are stored, in a block that calls neither
     its router nor its experts.
     """
-    import transformers
+    from transformers.utils.quantization_config import Mxfp4Config
 
-    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)} if quantisation == "mxfp4" else {}
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if quantisation == "mxfp4" else {}
 
 
 def _is_quantised(live: Any) -> bool:

@@ -113,9 +113,9 @@ def other_shapes(model: str, mismatches: Iterable[Mismatch]) -> SpecmoeError | N
     others = sorted(set(counts) - {first})
     also = f", and layers {_short(others)} differ too" if others else ""
     return SpecmoeError(
-        f"cannot load {model}: its layer {first} has {stored} experts in the checkpoint, config.json says {wanted}{also}; "
-        "if it was pruned alike everywhere, put the number right in config.json; if layers differ, transformers, which "
-        "builds all alike, cannot run it: import a trace of the engine that does"
+        f"cannot load {model}: its layer {first} has {stored} experts in the checkpoint, config.json says {wanted}"
+        f"{also}; if it was pruned alike everywhere, put the number right in config.json; if layers differ, "
+        "transformers, which builds all alike, cannot run it: import a trace of the engine that does"
     )
 
 
