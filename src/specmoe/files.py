@@ -14,8 +14,19 @@ from typing import Any
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["atomic_path", "disk_errors", "impostor", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = [
+    "HTML_PAGE",
+    "atomic_path",
+    "disk_errors",
+    "impostor",
+    "read_json",
+    "sha256_file",
+    "write_json",
+    "write_text",
+]
 
+# What is said of a web page in a file's place; where pages may be meant, it is no fault.
+HTML_PAGE = "is an HTML page, not the file; download the file itself (on the hub: the link named download)"
 _HEAD_BYTES = 512
 
 
@@ -147,5 +158,5 @@ def impostor(path: Path) -> str | None:
     if text.startswith(b"version https://git-lfs.github.com/spec/"):
         return "is a Git LFS pointer, not the file; run `git lfs pull` in its repository"
     if text.startswith((b"<!doctype html", b"<html")):
-        return "is an HTML page, not the file; download the file itself (on the hub: the link named download)"
+        return HTML_PAGE
     return None

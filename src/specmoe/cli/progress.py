@@ -58,6 +58,10 @@ class ProgressLine:
             so_far = f"{done:,.0f}" if total is None else f"{100 * done / max(total, 1e-9):.0f} %"
             self._console.print(f"{self._title}: {so_far}  {note}", highlight=False)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(f"note: {text}", highlight=False, markup=False)
+
 
 class TrainingView:
     """What runs, how well each learns, and how long it will take."""

@@ -100,9 +100,7 @@ class Earlier:
                     f"version of torch or specmoe); {_CURE}"
                 )
             if job.predictor in kept:
-                raise SpecmoeError(
-                    f"{path} has results of {job.predictor}, whose run is not in jobs/ any more; {_CURE}"
-                )
+                raise SpecmoeError(f"{path} has results of {job.predictor}, whose run is no longer in jobs/; {_CURE}")
 
     def _differing(self, results: Results, data: SuiteData, seeds: Sequence[int], control: Path | None) -> list[str]:
         protocol, torch_then = results.protocol, results.made.versions.get("torch", "unknown")
