@@ -343,7 +343,8 @@ def test_a_quantised_checkpoint(
     tmp_path: Path,
     collected: list[LoadedModel],
 ) -> None:
-    pytest.importorskip("accelerate")
+    if method is not MXFP4:
+        pytest.importorskip("accelerate")
     directory = quantised(name, method, change, tmp_path / "model", tokenizer)
     records = by_name(collect(directory, TEXT, tmp_path / "trace", dtype=dtype, hidden_dtype=dtype, batch_tokens=1))
     (loaded,) = collected
@@ -358,6 +359,41 @@ def test_a_quantised_checkpoint(
         layers = routes(loaded.model, loaded.family, record.token_ids)
         assert torch.equal(record.expert_ids.long(), torch.stack([layer.ids for layer in layers], 1))
     assert_routers_route_so(loaded.model, loaded.family, records["doc4"].token_ids)
+
+
+def test_mxfp4_runs_the_modules_that_are_watched_whatever_kernels_there_are(
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine with a GPU and the package kernels, transformers would put a block of its own in their place."""
+    from transformers.quantizers import quantizer_mxfp4
+
+    for name in ("is_kernels_available", "is_triton_available", "is_accelerate_available"):
+        monkeypatch.setattr(quantizer_mxfp4, name, lambda *_: True)
+    monkeypatch.setattr(quantizer_mxfp4, "get_current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    directory = quantised("gpt_oss", MXFP4, in_mxfp4, tmp_path / "model", tokenizer)
+    loaded = load_model(directory)
+    assert (loaded.settings["quantization"], loaded.settings["dequantized"]) == ("mxfp4", True)
+    stored = load_file(directory / "model.safetensors")
+    for site in router_sites(loaded.model, loaded.family):
+        assert type(site.block).__name__ == "GptOssMLP"
+        for name in ("gate_up_proj", "down_proj"):
+            path = f"{site.path}.experts.{name}"
+            expected = decoded(stored[f"{path}_blocks"], stored[f"{path}_scales"])
+            assert torch.equal(getattr(site.experts, name), expected)
+    record = routes(loaded.model, loaded.family, torch.arange(5))
+    assert [layer.ids.shape for layer in record] == [(5, 3)] * 3
+
+
+def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
+    """[E, out, blocks, 16] bytes of two E2M1 numbers each, low half first, and their powers of two, as [E, in, out]."""
+    positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    values = torch.tensor(positive + [-value for value in positive])
+    numbers = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1).flatten(-2)
+    return (numbers * 2.0 ** (scales[..., None].float() - 127)).flatten(-2).transpose(1, 2)
 
 
 @pytest.mark.skipif(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.corpus import Document, read_documents, standard_library, text_hash
+from specmoe.sources.corpus import Document, standard_library, text_hash
+from specmoe.sources.texts import read_texts
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_files_and_folders_as_documents(tmp_path: Path) -> None:
     (folder / "empty").write_text("")
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "single.md").write_text("single")
-    documents = read_documents([folder, tmp_path / "single.md"])
+    documents = read_texts([str(folder), str(tmp_path / "single.md")])
     names = [document.doc_id for document in documents]
     for name, end in zip(names, ["a.txt", "b.txt", "inner/c.py", "inner/deep/d", "single.md"], strict=True):
         assert f"/{name}".endswith(f"/{end}")
@@ -103,7 +104,7 @@ def test_a_folder_names_the_domain_of_its_files(tmp_path: Path) -> None:
     for name in ("prose", "code"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(name)
-    documents = read_documents([tmp_path / "prose", tmp_path / "code"])
+    documents = read_texts([str(tmp_path / "prose"), str(tmp_path / "code")])
     assert [document.domain for document in documents] == ["prose", "code"]
 
 
@@ -112,19 +113,19 @@ def test_files_of_the_same_name_in_two_folders_have_names_of_their_own(tmp_path:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"the text of {name}")
-    documents = read_documents([tmp_path / "one", tmp_path / "two"])
+    documents = read_texts([str(tmp_path / "one"), str(tmp_path / "two")])
     assert {document.text for document in documents} == {"the text of one", "the text of two"}
     assert len({document.doc_id for document in documents}) == 2
 
 
 def test_texts_that_cannot_be_read_are_errors_for_the_user(tmp_path: Path) -> None:
     with pytest.raises(SpecmoeError, match="does not exist"):
-        read_documents([tmp_path / "nothing"])
+        read_texts([str(tmp_path / "nothing")])
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").write_bytes(b"")
     for paths in ([tmp_path], [tmp_path / "binary"], [tmp_path / "empty"], []):
         with pytest.raises(SpecmoeError, match="no readable"):
-            read_documents(paths)
+            read_texts([str(path) for path in paths])
 
 
 def test_the_hash_changes_with_every_name_text_and_order() -> None:

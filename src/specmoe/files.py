@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk never leaves half of one behind."""
+"""Writing files so that a kill or a full disk never leaves half of one behind, and saying what lies in one's place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,20 @@ from typing import Any
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["atomic_path", "disk_errors", "read_json", "sha256_file", "write_json", "write_text"]
+__all__ = [
+    "HTML_PAGE",
+    "atomic_path",
+    "disk_errors",
+    "impostor",
+    "read_json",
+    "sha256_file",
+    "write_json",
+    "write_text",
+]
+
+# What is said of a web page in a file's place; where pages may be meant, it is no fault.
+HTML_PAGE = "is an HTML page, not the file; download the file itself (on the hub: the link named download)"
+_HEAD_BYTES = 512
 
 
 @contextmanager
@@ -118,10 +131,32 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise SpecmoeError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise SpecmoeError(f"{path} cannot be read as JSON: {error}") from error
+        found = impostor(path)
+        raise SpecmoeError(f"{path} cannot be read as JSON: {f'it {found}' if found else error}") from error
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def impostor(path: Path) -> str | None:
+    """What lies in the place of a file that could not be read, in words that follow its name; None if nothing known.
+
+    Three things pass for files: the pointer that Git leaves where Git LFS is not installed, the page that a web server
+    sends instead of a file, and nothing at all. Only the first bytes are read, and it is never an error.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except OSError:
+        return None
+    if not head:
+        return "is empty (0 bytes); get the file again"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a Git LFS pointer, not the file; run `git lfs pull` in its repository"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return HTML_PAGE
+    return None

@@ -306,7 +306,7 @@ class Results(_Model):
         if isinstance(version, int) and version != METRIC_VERSION:
             raise SpecmoeError(
                 f"{path} was made under metric version {version}, this specmoe has version {METRIC_VERSION}: "
-                "run `specmoe train` again"
+                "run `specmoe train` again, with --replace if into the same folder"
             )
         return validated(cls, content, path)
 

@@ -26,7 +26,8 @@ def collect(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Files, folders, JSONL with texts, or hub:NAME of a dataset; default: the held-out standard library."
+            help="Files, folders (text, or rows and chats as JSONL, JSON, CSV, Parquet), or hub:NAME of a dataset; "
+            "default: the held-out standard library."
         ),
     ] = None,
     tokens_per_document: Annotated[int, typer.Option(min=2, help="Each document is cut there.")] = 512,
@@ -54,7 +55,7 @@ def collect(
     from specmoe.sources.texts import read_texts
     from specmoe.trace import Trace
 
-    documents = read_texts(text) if text else standard_library("held-out")
+    documents = read_texts(text, _note) if text else standard_library("held-out")
     collect_trace(
         model,
         documents,
@@ -73,6 +74,10 @@ def collect(
         device_map=device_map,
     )
     _tell(Trace.open(out), json)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"note: {line}", err=True)
 
 
 def import_(

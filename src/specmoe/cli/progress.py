@@ -49,10 +49,6 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
-    def note(self, text: str) -> None:
-        """Say something once, above the bar."""
-        self._progress.console.print(text, highlight=False, markup=False)
-
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Show how far it is; without a total, only that it goes on."""
         self._progress.update(self._task, completed=done, total=total, note=note)
@@ -61,6 +57,10 @@ class ProgressLine:
             self._said = time.monotonic()
             so_far = f"{done:,.0f}" if total is None else f"{100 * done / max(total, 1e-9):.0f} %"
             self._console.print(f"{self._title}: {so_far}  {note}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(f"note: {text}", highlight=False, markup=False)
 
 
 class TrainingView:

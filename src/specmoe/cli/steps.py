@@ -25,8 +25,8 @@ def collect_trace(model: str, documents: Sequence[Document], out: Path, *, title
             note = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.bytes / 1e6:,.0f} MB"
             line.update(progress.tokens, progress.tokens_total, note)
 
-        place = bundled_model() if model == "bundled" else model
-        collect(place, documents, out, on_progress=show, on_note=line.note, **options)
+        name = bundled_model() if model == "bundled" else model
+        collect(name, documents, out, on_progress=show, on_note=line.say, **options)
 
 
 def train_on(trace: Path, out: Path, names: Sequence[str], **options: Any) -> Results:

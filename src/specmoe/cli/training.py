@@ -43,6 +43,10 @@ CacheExperts = Annotated[
     typer.Option(help="Experts a layer in the cache that cold-miss recall supposes; default: a quarter, at least K."),
 ]
 
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace results in --out, whatever settings and predictors they are of.")
+]
+
 
 def train(
     trace: TracePath,
@@ -56,18 +60,20 @@ def train(
     cache_experts: CacheExperts = None,
     workers: Workers = None,
     device: Device = "auto",
+    replace: Replace = False,
     json: AsJson = False,
 ) -> None:
-    """Train and judge predictors on a trace; killed and started again, it continues."""
+    """Train and judge predictors on a trace; killed and started again, it continues; trained before, they stay."""
     from specmoe.cli.steps import train_on
     from specmoe.predictors.registry import select
     from specmoe.report.html import write_report
     from specmoe.report.terminal import print_results
 
+    names = select(only or ())
     results = train_on(
         trace,
         out,
-        select(only or ()),
+        names,
         seeds=tuple(range(seeds)),
         horizons=parse_horizons(horizons),
         control=control,
@@ -75,7 +81,11 @@ def train(
         cache_experts=cache_experts,
         workers=workers,
         device=resolve_device(device),
+        replace=replace,
     )
+    kept = [predictor.name for predictor in results.predictors if predictor.name not in names]
+    if kept:
+        typer.echo(f"results also hold what was trained there before: {', '.join(kept)}", err=True)
     write_report(results, out / "report.html")
     if json:
         print_json(results.model_dump(mode="json"))
@@ -90,6 +100,7 @@ def demo(
     out: Out = Path("runs/demo"),
     seeds: Seeds = 3,
     workers: Workers = None,
+    replace: Replace = False,
     json: AsJson = False,
 ) -> None:
     """The whole chain on the bundled model: read text, train everything, write the report."""
@@ -101,4 +112,4 @@ def demo(
     collect_trace("bundled", documents, trace, title="the model reads", max_tokens_per_document=_TOKENS)
     options = {"untrained": True, "max_tokens_per_document": _TOKENS // 2}
     collect_trace("bundled", documents, control, title="an untrained one too", **options)
-    train(trace, out, seeds=seeds, control=control, workers=workers, device="cpu", json=json)
+    train(trace, out, seeds=seeds, control=control, workers=workers, device="cpu", replace=replace, json=json)

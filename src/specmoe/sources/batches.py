@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.chats import ChatReader
 from specmoe.sources.corpus import Document
 from specmoe.sources.families import Family
 from specmoe.sources.loading import LoadedModel
@@ -38,12 +39,15 @@ def encode_documents(
     budget: int | None,
     seed: int,
     written: int = 0,
+    chats: ChatReader | None = None,
 ) -> tuple[list[Encoded], int]:
-    """Token ids of every document that is to be read, in the drawn order, and how many are too short.
+    """Token ids of every document that is to be read, in the drawn order, and how many are too short or refused.
 
     Args:
         longest: documents are cut there. budget: tokens to read in all. written: tokens to come after each.
+        chats: turns conversations into text; None to make one.
     """
+    chats = chats or ChatReader(loaded.tokenizer, loaded.topology.model_id, continued=written > 0)
     names = [document.doc_id for document in documents]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -56,11 +60,14 @@ def encode_documents(
     known = loaded.model.get_input_embeddings().num_embeddings
     encoded, skipped, left = [], 0, budget
     for start in range(0, len(order), 64):
-        chunk = order[start : start + 64]
-        texts = [document.text for document in chunk]
+        chunk = [(document, read) for document in order[start : start + 64] if (read := chats.read(document))]
+        skipped += len(order[start : start + 64]) - len(chunk)
+        if not chunk:
+            continue
+        texts = [text for _, (text, _) in chunk]
         rows = loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for document, row in zip(chunk, rows, strict=True):
-            ids = [*front, *row][:longest][:left]
+        for (document, (_, has_marks)), row in zip(chunk, rows, strict=True):
+            ids = [*([] if has_marks else front), *row][:longest][:left]
             if not row or len(ids) < shortest:
                 skipped += 1
                 continue
@@ -78,7 +85,8 @@ def encode_documents(
             + (f", or --generate from {written}" if written else "")
         )
     if not encoded:
-        raise SpecmoeError("no document has enough text to be read; give other files with --text")
+        why = "".join(f" ({line})" for line in chats.lines())
+        raise SpecmoeError(f"no document has enough text to be read; give other files with --text{why}")
     return encoded, skipped
 
 

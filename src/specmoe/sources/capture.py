@@ -16,6 +16,7 @@ from torch import Tensor
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import write_text
 from specmoe.sources.batches import Encoded, batched, encode_documents
+from specmoe.sources.chats import ChatReader
 from specmoe.sources.corpus import Document, text_hash
 from specmoe.sources.generation import BatchRoutes, Generation, join, run_generation
 from specmoe.sources.loading import DTYPES, LoadedModel, load_model, untrained_like
@@ -103,7 +104,8 @@ def collect(
         untrained: use random weights drawn from ``seed``, as a control.
         generation: let the model continue each document, which is its prompt; None to read only.
         dtype: what the model computes in. device: where. device_map: how it is spread over several GPUs.
-        on_progress: called after each batch. on_note: called with what a user should know, a line each.
+        on_progress: called after each batch. on_note: told what a user should know, a line each: what is left out or
+            read in another way, and that a family is not listed.
 
     Returns:
         ``out``.
@@ -127,9 +129,11 @@ def collect(
     if generation is not None and loaded.stack == "encoder":
         other = ", or capture the decoder" if "decoder" in loaded.family.stacks else ""
         raise SpecmoeError(f"an encoder writes nothing; leave --generate out{other}")
-    encoded, skipped = encode_documents(
-        loaded, documents, max_tokens_per_document, max_tokens, seed, generation.tokens if generation else 0
-    )
+    written = generation.tokens if generation else 0
+    chats = ChatReader(loaded.tokenizer, loaded.topology.model_id, continued=generation is not None)
+    encoded, skipped = encode_documents(loaded, documents, max_tokens_per_document, max_tokens, seed, written, chats)
+    for line in chats.lines():
+        on_note(line)
     batches = batched(encoded, batch_tokens, seed)
     if not loaded.family.listed:
         loaded = checked_by_replay(loaded, batches[0][0].ids)
@@ -151,6 +155,7 @@ def collect(
             "untrained": untrained,
             "generate": generation.tokens if generation else 0,
             "temperature": generation.temperature if generation else None,
+            **chats.settings(),
         },
     )
     routers = linear_routers(loaded.model, loaded.family, loaded.stack)
@@ -162,7 +167,7 @@ def collect(
         if writer.manifest.timing is None:
             layer_us = measure_layer_us(loaded.model, loaded.family, loaded.stack)
             writer.set_timing(Timing(layer_us_p50=layer_us, machine=machine_name(device)))
-        report = _Report(writer, encoded, loaded, skipped, on_progress, generation.tokens if generation else 0)
+        report = _Report(writer, encoded, loaded, skipped, on_progress, written)
         keep = Keep(keep_hidden, DTYPES[hidden_dtype], keep_logits)
         write_routes(loaded, batches, writer, keep, report, generation)
     return out
@@ -202,8 +207,9 @@ def write_routes(
     def write(records: list[tuple[Encoded, RoutingRecord]]) -> list[tuple[Encoded, RoutingRecord]]:
         nonlocal last_flush
         for entry, record in records:
-            digest = hashlib.sha256(entry.document.text.encode()).hexdigest()
-            writer.add(entry.document.doc_id, entry.document.domain, digest, record)
+            document = entry.document
+            digest = hashlib.sha256(document.text.encode()).hexdigest()
+            writer.add(document.doc_id, document.domain, digest, record, group=document.group)
         if time.monotonic() - last_flush > _FLUSH_SECONDS:
             writer.flush()
             last_flush = time.monotonic()

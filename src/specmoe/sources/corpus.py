@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["Document", "read_documents", "standard_library", "text_hash"]
+__all__ = ["Document", "standard_library", "text_hash"]
 
 # Character tables and generated help topics: megabytes of text without sentences or code.
 _GENERATED = {"encodings", "pydoc_data"}
@@ -32,11 +31,21 @@ Part = Literal["train", "held-out"]
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``doc_id`` is its name within its source, ``domain`` what kind of text it is."""
+    """One text, or one conversation.
+
+    Attributes:
+        doc_id: its name within its source. domain: what kind of text it is.
+        text: what is read; of a conversation, JSON with its ``messages`` and perhaps ``tools``, see
+            :class:`specmoe.sources.chats.ChatReader`.
+        group: documents of one group stay on one side of a split, such as the turns of a chat; empty for none.
+        is_chat: it is a conversation.
+    """
 
     doc_id: str
     domain: str
     text: str
+    group: str = ""
+    is_chat: bool = False
 
 
 def standard_library(part: Part) -> list[Document]:
@@ -65,37 +74,6 @@ def standard_library(part: Part) -> list[Document]:
     if not documents:
         raise SpecmoeError(f"no Python sources under {root}; name your own text with --text")
     return documents
-
-
-def read_documents(paths: Iterable[Path]) -> list[Document]:
-    """Text files as documents; a folder stands for all files below it, and names their domain.
-
-    Files that are not UTF-8 text are passed over.
-
-    Raises:
-        SpecmoeError: a path does not exist, or nothing readable was found.
-    """
-    found: list[tuple[str, str, Document]] = []
-    for path in paths:
-        if not path.exists():
-            raise SpecmoeError(f"text {path} does not exist")
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        for file in files:
-            text = _read_text(file)
-            if text:
-                name = file.relative_to(path.parent if path.is_dir() else file.parent)
-                within = name.parts[1:] if path.is_dir() else name.parts
-                # The first folder within the one that was given, else that one itself.
-                domain = within[0] if len(within) > 1 else path.name if path.is_dir() else _TOP_LEVEL
-                found.append((name.as_posix(), file.as_posix(), Document(name.as_posix(), domain, text)))
-    if not found:
-        raise SpecmoeError("the text given with --text holds no readable UTF-8 file")
-    taken = Counter(short for short, _, _ in found)
-    unique: dict[str, Document] = {}
-    for short, full, document in found:
-        name = short if taken[short] == 1 else full
-        unique[name] = replace(document, doc_id=name)
-    return list(unique.values())
 
 
 def text_hash(documents: Iterable[Document]) -> str:

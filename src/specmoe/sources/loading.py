@@ -14,6 +14,7 @@ import torch
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.sources.families import Family, family_of, not_certain, router_sites
 from specmoe.sources.model_shape import layer_order, tokenizer_hash, topology_of_model, weights_hash
+from specmoe.sources.refusals import not_loaded, other_shapes, refuse_without_experts
 from specmoe.topology import Topology
 
 __all__ = ["DTYPES", "LoadedModel", "load_model", "untrained_like"]
@@ -53,7 +54,7 @@ def load_model(
     """Load a model and its tokenizer from a local directory or from the hub.
 
     A local directory never touches the network, and no code of a checkpoint is ever run. A quantised checkpoint is
-    loaded as its configuration says, with whatever package that takes.
+    loaded as its configuration says, with whatever package that takes; one in MXFP4 is decoded to ``dtype``.
 
     Args:
         model: directory, or hub id such as ``allenai/OLMoE-1B-7B-0924``.
@@ -99,6 +100,7 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
     local = _is_local(model)
     with _quiet():
         checkpoint = _described(model, local)
+        refuse_without_experts(model, checkpoint.content)
         family = family_of(checkpoint.model_type, checkpoint.text_type)
         if stack is not None and stack not in family.stacks:
             raise unknown_name("stack", stack, family.stacks)
@@ -109,7 +111,7 @@ def _load(model: str, run: _Run, stack: str | None, seed: int | None) -> LoadedM
         except SpecmoeError:
             raise
         except Exception as error:
-            raise _cannot_load("", model, local, error) from error
+            raise not_loaded("", model, local, error) from error
         stack = stack or next(iter(family.stacks))
         topology, order = _shape(live, family, stack, Path(model) if local else None)
     name = Path(model).resolve().name if local else model
@@ -152,7 +154,7 @@ def _tokenizer(model: str, local: bool) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        raise _cannot_load("the tokenizer of", model, local, error) from error
+        raise not_loaded("the tokenizer of", model, local, error) from error
     # Where the files are missing, transformers makes an empty tokenizer that knows no word.
     if len(set(tokenizer("Six words become different token ids", add_special_tokens=False)["input_ids"])) < 5:
         raise SpecmoeError(f"{model} has no tokenizer, or one without a vocabulary; put tokenizer.json there")
@@ -160,14 +162,25 @@ def _tokenizer(model: str, local: bool) -> Any:
 
 
 def _trained(model: str, local: bool, run: _Run, checkpoint: _Checkpoint) -> Any:
+    from transformers.utils import is_accelerate_available
+
     config, quantised = _config(model, local), checkpoint.quantisation is not None
-    options: dict[str, Any] = {"dtype": run.torch_dtype, "output_loading_info": True}
-    if run.device_map is not None or quantised:
+    # Where shapes differ, transformers would only say that they do; what it then fills at random is refused below.
+    options: dict[str, Any] = {
+        "dtype": run.torch_dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        **_dequantising(checkpoint.quantisation),
+    }
+    # A quantised checkpoint is decoded where it will run, which takes accelerate; MXFP4 can do without.
+    if run.device_map is not None or (quantised and (checkpoint.quantisation != "mxfp4" or is_accelerate_available())):
         options["device_map"] = run.device_map or run.device
     with _loaded_buffers_stay():
         live, info = _auto_class(config).from_pretrained(
             model, config=config, local_files_only=local, trust_remote_code=False, **options
         )
+    if (differing := other_shapes(model, info["mismatched_keys"])) is not None:
+        raise differing
     missing = sorted(info["missing_keys"])
     # transformers fills weights that a checkpoint lacks at random and only warns about it.
     if missing:
@@ -176,6 +189,17 @@ def _trained(model: str, local: bool, run: _Run, checkpoint: _Checkpoint) -> Any
         # transformers gives the dtype to what it dequantised and leaves the rest as it is stored.
         _cast(live, live.get_input_embeddings().weight.dtype if run.dtype == "auto" else run.torch_dtype)
     return live if "device_map" in options else live.to(device=run.device)
+
+
+def _dequantising(quantisation: str | None) -> dict[str, Any]:
+    """How to load a checkpoint so that the family's own modules run, which are the ones that are watched.
+
+    With the package kernels, transformers would run MXFP4 experts as they are stored, in a block that calls neither
+    its router nor its experts.
+    """
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if quantisation == "mxfp4" else {}
 
 
 def _is_quantised(live: Any) -> bool:
@@ -304,12 +328,13 @@ class _Checkpoint:
 
     Attributes:
         model_type: of the model. text_type: of its text part, None if it has none.
-        quantisation: method by which the weights are quantised, None if they are not.
+        quantisation: method by which the weights are quantised, None if they are not. content: all of it.
     """
 
     model_type: str
     text_type: str | None
     quantisation: str | None
+    content: dict[str, Any]
 
 
 def _described(model: str, local: bool) -> _Checkpoint:
@@ -318,7 +343,7 @@ def _described(model: str, local: bool) -> _Checkpoint:
     try:
         content, _ = PretrainedConfig.get_config_dict(model, local_files_only=local)
     except Exception as error:
-        raise _cannot_load("", model, local, error) from error
+        raise not_loaded("", model, local, error) from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(model_type, str):
         raise SpecmoeError(f"{model} is not a model: its config.json names no model_type")
@@ -327,15 +352,7 @@ def _described(model: str, local: bool) -> _Checkpoint:
     text_type = text.get("model_type")
     quantisation = content.get("quantization_config") or text.get("quantization_config")
     method = quantisation.get("quant_method", "unnamed") if isinstance(quantisation, dict) else None
-    return _Checkpoint(model_type, text_type if isinstance(text_type, str) else None, method and str(method))
-
-
-def _cannot_load(part: str, model: str, local: bool, error: Exception) -> SpecmoeError:
-    reason = _reason(error)
-    subject = f"{part} {model}".strip()
-    if local:
-        return SpecmoeError(f"cannot load {subject}: {reason}")
-    return SpecmoeError(f"cannot get {subject} from the hub; check name and network, or give a directory ({reason})")
+    return _Checkpoint(model_type, text_type if isinstance(text_type, str) else None, method and str(method), content)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import sha256_file
+from specmoe.files import impostor, sha256_file
 from specmoe.sources.families import NOT_TEXT, Family, RouterSite, router_sites
 from specmoe.sources.recording import ForwardRoutes, LayerRoute, recorded_routes, run_model
 from specmoe.topology import Topology
@@ -159,7 +159,7 @@ def _stored_bytes_of_the_experts(directory: Path, numbers: int) -> int | None:
                     item_bytes = _FLOATS.get(dtype) or _INTEGERS.get(dtype, 1)
                     of_layer[dtype] = of_layer.get(dtype, 0) + prod(stored.get_shape()) * item_bytes
         except (SafetensorError, OSError) as error:
-            raise SpecmoeError(f"{path} cannot be read: {error}") from error
+            raise SpecmoeError(f"{path} {impostor(path) or f'cannot be read: {error}'}") from error
     if not layers:
         return None
     # Layers are alike; any of them would do.

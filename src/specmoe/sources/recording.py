@@ -76,8 +76,8 @@ class _Visit:
 class Recorder:
     """Gathers what the hooks of :func:`recorded_routes` see. One entry per forward pass of the stack."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self._blocks, self._layers = blocks, len(blocks)
         self._finished: list[ForwardRoutes] = []
         self._inputs: dict[str, Any] = {}
         self._visits: list[_Visit] = []
@@ -98,10 +98,15 @@ class Recorder:
             visit.route = route
 
     def _close(self) -> None:
-        complete = {visit.layer for visit in self._visits} - {v.layer for v in self._visits if v.route is None}
-        for layer in range(self._layers):
-            if layer not in complete:
-                raise SpecmoeError(f"MoE layer {layer} ran without its router or its experts; its route is unknown")
+        ran = {visit.layer for visit in self._visits}
+        routed = ran - {visit.layer for visit in self._visits if visit.route is None}
+        for layer, block in enumerate(self._blocks):
+            if layer not in routed:
+                raise SpecmoeError(
+                    f"MoE layer {layer} ({block}) never called its {'experts' if layer in ran else 'router'}, so its "
+                    "route is unknown: some other code does the work of transformers' modules (the package kernels? a "
+                    "compiled or patched model?); run it without that"
+                )
         order = tuple(visit.layer for visit in self._visits)
         self._order = self._order or order
         if order != self._order:
@@ -152,7 +157,7 @@ def recorded_routes(model: nn.Module, family: Family, stack: str | None = None) 
     """
     sites = router_sites(model, family, stack)
     owner = _reader(model, family, stack)
-    recorder = Recorder(len(sites))
+    recorder = Recorder([site.path for site in sites])
 
     def opened(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         recorder._open({"input_ids": arguments[0], **named} if arguments else named)

@@ -1,49 +1,70 @@
-"""The user's own texts: files, folders, JSON lines, and data sets on the hub."""
+"""The user's own texts: files, folders, rows and conversations, and data sets on the hub."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.corpus import Document, read_documents
+from specmoe.files import HTML_PAGE, impostor
+from specmoe.sources.corpus import Document
+from specmoe.sources.notes import Notes
+from specmoe.sources.rows import NoRows, Row, document_of, is_lines, is_rows, opened_text, rows_of, stem_of, storable
 
 __all__ = ["read_texts"]
 
-_TEXT_FIELDS = ("text", "prompt", "content", "question")
-_DOMAIN_FIELDS = ("domain", "source", "dataset", "category")
+_TOP_LEVEL = "(top level)"
 _HUB = re.compile(
     r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[^#]+))?(?:#(?P<column>.+))?"
 )
+# Of these a web page in the file's place is a failed download; others may be meant to be pages.
+_PLAIN = re.compile(r"\.(txt|text|md|rst)(\.gz)?$", re.IGNORECASE)
+_NO_TEXT = "files that are no text, passed over"
+_NO_ROWS = "files of JSON or tables without text, passed over"
+# Enough to tell most binary files from text.
+_HEAD_CHARACTERS = 1 << 13
 
 
-def read_texts(places: Sequence[str]) -> list[Document]:
-    """Documents from files, folders, ``.jsonl`` files and ``hub:`` data sets.
+def read_texts(places: Sequence[str], on_note: Callable[[str], None] = lambda _: None) -> list[Document]:
+    """Documents from files, folders and ``hub:`` data sets; ``docs/collect.md`` describes what each file may hold.
 
-    A line of a ``.jsonl`` file is an object with its text under ``text``, ``prompt``, ``content`` or ``question``, and
-    may have a ``domain``, ``source``, ``dataset`` or ``category``. ``hub:NAME[:CONFIG][@SPLIT][#COLUMN]`` is a data set
-    of the Hugging Face hub, its first split ``train`` if none is named; ``@train[:500]`` takes 500 rows. This is the
-    only place where text comes from the network, and it takes the package datasets.
+    Files are read by what their names say: rows of ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
+    ``.parquet``, a document each; any other file is one document of text. A folder stands for all files below it.
+    ``hub:NAME[:CONFIG][@SPLIT][#COLUMN]`` is a data set of the Hugging Face hub, its first split ``train`` if none is
+    named; ``@train[:500]`` takes 500 rows. This is the only place where text comes from the network, and it takes the
+    package datasets.
+
+    Args:
+        on_note: told what was left out, one line for each kind.
 
     Raises:
         SpecmoeError: something does not exist, is not of its format, or holds no text.
     """
+    notes = Notes()
+    sources = {place: None if place.startswith("hub:") else list(_files(Path(place))) for place in places}
+    # One name for files of two folders would be ambiguous; such files go by their whole path.
+    names = Counter(_short_name(*file) for files in sources.values() for file in files or ())
     documents: list[Document] = []
-    for place in places:
-        if place.startswith("hub:"):
-            documents += _from_hub(place)
-        elif place.lower().endswith(".jsonl") and not Path(place).is_dir():
-            documents += _from_jsonl(Path(place))
-    files = [Path(place) for place in places if not place.startswith("hub:") and not place.lower().endswith(".jsonl")]
-    documents += read_documents(files) if files else []
+    for place, files in sources.items():
+        found = _from_hub(place, notes) if files is None else _from_files(files, names, notes)
+        documents += _grouped(list(found), place)
+    for line in notes.lines():
+        on_note(line)
     if not documents:
-        raise SpecmoeError("the text given with --text is empty")
-    # Two sources may use one name; numbers tell them apart.
+        raise SpecmoeError(f"the text given with --text is empty, or no readable text{_why(notes)}")
+    return _unique(documents)
+
+
+def _why(notes: Notes) -> str:
+    lines = list(notes.lines())
+    return f": {'; '.join(lines)}" if lines else ""
+
+
+def _unique(documents: list[Document]) -> list[Document]:
+    """Two sources may use one name; numbers tell them apart."""
     seen: Counter[str] = Counter()
     unique = []
     for document in documents:
@@ -53,43 +74,105 @@ def read_texts(places: Sequence[str]) -> list[Document]:
     return unique
 
 
-def _from_jsonl(path: Path) -> Iterator[Document]:
+def _grouped(documents: list[Document], place: str) -> list[Document]:
+    """Rows of one conversation as a group of their source; a name that only one row has is no group."""
+    counts = Counter(document.group for document in documents)
+    source = storable(Path(place).name)
+    return [
+        replace(each, group=f"{source}:{each.group}" if each.group and counts[each.group] > 1 else "")
+        for each in documents
+    ]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def _files(path: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Files with the folder that was named, None for a file that was named itself. Hidden ones are not looked at."""
+    if not path.exists():
+        raise SpecmoeError(f"text {path} does not exist")
+    if not path.is_dir():
+        yield path, None
+        return
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            yield file, path
+
+
+def _short_name(file: Path, root: Path | None) -> str:
+    return (file.relative_to(root.parent) if root is not None else Path(file.name)).as_posix()
+
+
+def _from_files(files: Iterable[tuple[Path, Path | None]], names: Counter[str], notes: Notes) -> Iterator[Document]:
+    for file, root in files:
+        short = _short_name(file, root)
+        name = storable(short if names[short] == 1 or (root is None and is_rows(file)) else file.as_posix())
+        if not _holds_something(file, root, notes):
+            continue
+        inner = file.relative_to(root).parts[:-1] if root is not None else ()
+        if is_rows(file):
+            yield from _documents_of_rows(file, root, name, storable(inner[0] if inner else stem_of(file)), notes)
+        elif text := _text_of(file, root, notes):
+            # The first folder within the one that was given, else that one itself.
+            domain = _TOP_LEVEL if root is None else inner[0] if inner else root.name
+            yield Document(name, storable(domain), text)
+
+
+def _holds_something(file: Path, root: Path | None, notes: Notes) -> bool:
+    """Whether a file is not empty, and nothing lies in its place.
+
+    Raises:
+        SpecmoeError: it is a pointer or a page where text is due.
+    """
+    if file.stat().st_size == 0:
+        return False
+    found, is_due = impostor(file), is_rows(file) or _PLAIN.search(file.name) is not None
+    if found is None or (found == HTML_PAGE and not is_due):
+        return True
+    if is_due or root is None:
+        raise SpecmoeError(f"{file} {found}")
+    notes.add(_NO_TEXT, str(file))
+    return False
+
+
+def _documents_of_rows(file: Path, root: Path | None, name: str, domain: str, notes: Notes) -> Iterator[Document]:
+    is_first = True
     try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = _object(line, f"{path}, line {number}")
-                    yield Document(
-                        f"{path.name}:{number}", _domain(row, path.stem), _text(row, f"{path}, line {number}")
-                    )
-    except FileNotFoundError as error:
-        raise SpecmoeError(f"text {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecmoeError(f"{path} cannot be read as UTF-8: {error}") from error
+        for row in rows_of(file):
+            document = document_of(row, f"{name}:{row.label}" if row.label else name, domain, notes)
+            is_first = False
+            if document is not None:
+                yield document
+    except NoRows:
+        # A folder may hold JSON and tables that are not meant as text.
+        if root is None or is_lines(file) or not is_first:
+            raise
+        notes.add(_NO_ROWS, str(file))
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _text_of(file: Path, root: Path | None, notes: Notes) -> str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SpecmoeError(f"{where} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise SpecmoeError(f"{where} is no JSON object")
-    return row
+        with opened_text(file) as stream:
+            text = stream.read(_HEAD_CHARACTERS)
+            if "\0" not in text:
+                text += stream.read()
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+        reason = "it holds zero bytes"
+    except SpecmoeError as error:
+        reason = f"it {str(error).removeprefix(f'{file} ')}"
+    if root is None:
+        raise SpecmoeError(
+            f"{file} is no readable text: {reason}; give UTF-8 text, or rows as .jsonl, .csv or .parquet"
+        )
+    notes.add(_NO_TEXT, str(file))
+    return ""
 
 
-def _text(row: dict[str, Any], where: str) -> str:
-    text = next((row[name] for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
-    if text is None:
-        raise SpecmoeError(f"{where} has no text; put it under one of: {', '.join(_TEXT_FIELDS)}")
-    return text
+# --- the hub ---------------------------------------------------------------------------------------------
 
 
-def _domain(row: dict[str, Any], otherwise: str) -> str:
-    return next((row[name] for name in _DOMAIN_FIELDS if isinstance(row.get(name), str)), otherwise)
-
-
-def _from_hub(place: str) -> Iterator[Document]:
+def _from_hub(place: str, notes: Notes) -> Iterator[Document]:
     match = _HUB.fullmatch(place)
     if match is None:
         raise SpecmoeError(f"{place!r} is no data set; write hub:NAME[:CONFIG][@SPLIT][#COLUMN]")
@@ -103,9 +186,11 @@ def _from_hub(place: str) -> Iterator[Document]:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SpecmoeError(f"cannot get data set {name} from the hub; check name and network ({reason})") from error
-    for number, row in enumerate(rows):
+    for number, value in enumerate(rows):
         where = f"{place}, row {number}"
-        text = row.get(column) if column else _text(row, where)
-        if not isinstance(text, str):
-            raise SpecmoeError(f"{where} has no text in column {column!r}; it has {', '.join(row)}")
-        yield Document(f"{name}:{split}:{number}", _domain(row, name), text)
+        if column is not None and column not in value:
+            raise SpecmoeError(f"{where} has no column {column!r}; it has {', '.join(value)}")
+        row = Row(str(number), where, value)
+        document = document_of(row, f"{name}:{split}:{number}", name, notes, column)
+        if document is not None:
+            yield document

@@ -16,6 +16,7 @@ from specmoe.results import ByHorizon, Results, TraceFacts
 from specmoe.suite.assemble import assemble, made_now, trace_facts
 from specmoe.suite.data import SuiteData
 from specmoe.suite.jobs import Job
+from specmoe.suite.keeping import Earlier
 from specmoe.suite.run import JobEvent, cost, jobs_of, run_jobs
 
 __all__ = ["Plan", "train_suite", "untrained_recall"]
@@ -43,6 +44,7 @@ def train_suite(
     control: Path | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    replace: bool = False,
     token_texts: Callable[[list[int]], list[str]] | None = None,
     on_plan: Callable[[Plan], None] = lambda _: None,
     on_event: Callable[[JobEvent], None] = lambda _: None,
@@ -50,7 +52,8 @@ def train_suite(
 ) -> Results:
     """Train and judge predictors on a trace and write ``out/results.json``.
 
-    Jobs that are already done under the same conditions are kept; interrupted ones go on.
+    Jobs that are already done under the same conditions are kept; interrupted ones go on. Predictors that were
+    trained there before and are not asked for now stay in the results, which are then those of one call for all.
 
     Args:
         trace: directory of the trace. control: the trace of an untrained model, or None.
@@ -58,18 +61,23 @@ def train_suite(
         cache_experts: experts a layer in the cache of cold-miss recall; None for a quarter, at least K.
         names: predictors of the registry. seeds: one run each for what is trained.
         workers: processes; None for one a core (one in all on a GPU).
+        replace: write only what is asked for, whatever lies in ``out``; else what would be lost is an error.
         token_texts: token ids to texts, for showing; None if no tokenizer is at hand.
 
     Raises:
-        SpecmoeError: a damaged or too small trace, a full disk, or no predictor can run on this trace.
+        SpecmoeError: a damaged or too small trace, a full disk, no predictor can run on this trace, or ``out`` holds
+            results under other settings.
     """
     started = time.monotonic()
     on_stage("reading the trace")
-    data = SuiteData.load(trace, horizons, recipes=recipes, cache_experts=cache_experts)
+    earlier = Earlier.of(out, names, replace=replace)
+    names = earlier.all_names
+    data = SuiteData.load(trace, horizons, recipes=earlier.recipes(recipes or {}), cache_experts=cache_experts)
     jobs = jobs_of(names, seeds, data)
     skipped = {name: reason for name in names if (reason := data.lacks(PREDICTORS[name]))}
     if not jobs:
         raise SpecmoeError(f"no predictor can run: {'; '.join(f'{n}: {reason}' for n, reason in skipped.items())}")
+    earlier.check(data, jobs, seeds, control)
     epochs = {job: data.kind(job.predictor).recipe.epochs for job in jobs}
     on_plan(Plan(tuple(jobs), {job: cost(job, data) for job in jobs}, epochs, skipped))
     if workers is None:
@@ -90,6 +98,9 @@ def train_suite(
         control=untrained,
         tokens_of=token_texts,
     )
+    if untrained is None and earlier.results is not None:
+        measured = {name: getattr(earlier.results, name) for name in ("control_trace", "untrained")}
+        assembled = assembled.model_copy(update=measured)
     seconds = round(time.monotonic() - started, 1)
     assembled = assembled.model_copy(update={"made": assembled.made.model_copy(update={"seconds": seconds})})
     assembled.save(out / "results.json")

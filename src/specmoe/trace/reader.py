@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import sha256_file
+from specmoe.files import impostor, sha256_file
 from specmoe.topology import Topology
 from specmoe.trace.integrity import checksum, header_sha256
 from specmoe.trace.manifest import ROUTERS_NAME, DocumentRecord, Manifest, ShardRecord, decode_documents
@@ -176,6 +176,7 @@ class Trace:
         path = self.directory / ROUTERS_NAME
         try:
             if sha256_file(path) != self.manifest.routers_sha256:
+                _refuse_impostor(path)
                 raise SpecmoeError(f"{path} is damaged: its SHA-256 is not the manifest's; capture again")
             return load_file(str(path))
         except (SafetensorError, OSError) as error:
@@ -209,6 +210,11 @@ class Trace:
             resident -= size
 
 
+def _refuse_impostor(path: Path) -> None:
+    if (found := impostor(path)) is not None:
+        raise SpecmoeError(f"{path} {found}")
+
+
 def _read_header(path: Path, shard: ShardRecord, manifest: Manifest) -> list[DocumentRecord]:
     """The document table of a shard, after everything that its header says has been checked."""
     try:
@@ -218,6 +224,8 @@ def _read_header(path: Path, shard: ShardRecord, manifest: Manifest) -> list[Doc
         raise SpecmoeError(f"{path} is missing; the manifest names it") from error
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error}") from error
+    if size != shard.bytes or not intact:
+        _refuse_impostor(path)
     if size != shard.bytes:
         raise SpecmoeError(f"{path} has {size} bytes, the manifest says {shard.bytes}; it is truncated")
     if not intact:

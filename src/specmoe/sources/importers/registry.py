@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from specmoe.errors import SpecmoeError, unknown_name
+from specmoe.files import impostor
 from specmoe.sources.importers import (
     bigmoeonedge,
     colibri_route_trace,
@@ -65,6 +66,7 @@ def recognise(path: Path) -> Importer:
     for importer in IMPORTERS.values():
         if importer.recognises(path, head):
             return importer
+    _refuse_impostors(_below(path))
     raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
 
 
@@ -94,6 +96,31 @@ def import_trace(
         raise unknown_name("format", format, IMPORTERS)
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
+    try:
+        return _imported(path, out, format, options, on_progress)
+    except SpecmoeError as error:
+        # Whatever an importer says of a file that is none, this says more; of an empty one it may say more itself.
+        _refuse_impostors(file for file in _below(path) if file.name in str(error) and file.stat().st_size)
+        raise
+
+
+def _below(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _refuse_impostors(files: Iterable[Path]) -> None:
+    for file in files:
+        if (found := impostor(file)) is not None:
+            raise SpecmoeError(f"{file} {found}")
+
+
+def _imported(
+    path: Path,
+    out: Path,
+    format: str | None,
+    options: ImportOptions | None,
+    on_progress: Callable[[int, int | None], None],
+) -> list[str]:
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
         options = options or ImportOptions()
