@@ -1,9 +1,10 @@
 """A shared expert that an engine fused into the top-k: told from routing by which experts each slot ever holds.
 
 SGLang and vLLM can compute a model's shared expert as one more slot of its routed ones. The slot then holds one id for
-every token, usually E, or one of several replicas' ids above it. A router's own slots share their experts: which of
-them an expert takes depends on the others' weights. That slots share none does not suffice, as some models choose from
-a group of experts per slot.
+every token, usually E, or that of one of several replicas: E and above, or, where every rank of expert parallelism
+counts its own experts and then its replica, in between. A router's own slots share their experts: which of them an
+expert takes depends on the others' weights. That a slot shares none does not suffice, as some models choose from a
+group of experts for each slot; so the other slots must share theirs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class FusedSlots:
         """What they hold, as the beginning of a sentence."""
         slots = ", ".join(map(str, self.slots))
         if len(self.experts) > len(self.slots):
-            ids = f"one of the experts {self.experts[0]} to {self.experts[-1]}"
+            first = ", ".join(map(str, self.experts[:8])) + (" …" if len(self.experts) > 8 else "")
+            ids = f"one of {len(self.experts)} experts ({first})"
         else:
             ids = f"expert{'s' * (len(self.experts) > 1)} {', '.join(map(str, self.experts))}"
         which = f"slot{'s' * (len(self.slots) > 1)} {slots} of 0 to {self.top_k - 1}"
@@ -98,10 +100,13 @@ def fused_slots(seen_LKE: np.ndarray, served_LK: np.ndarray) -> FusedSlots | Non
 
 
 def _replicas(seen_LKE: np.ndarray, alone_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The routed slots, and the one slot (or none) with several ids above those of all others, which share theirs."""
+    """The routed slots, which share ids, and the one slot (or none) whose several ids are apart from theirs.
+
+    They are above all others, or the same in every layer.
+    """
     none = np.zeros(0, np.int64)
     seen_KE: np.ndarray = np.asarray(seen_LKE.any(0))
-    found = np.array([slot for slot in np.flatnonzero(alone_K).tolist() if _above(seen_KE, slot)], np.int64)
+    found = np.array([slot for slot in np.flatnonzero(alone_K).tolist() if _apart(seen_LKE, seen_KE, slot)], np.int64)
     rest = np.setdiff1d(np.arange(len(alone_K)), found)
     if len(found) != 1 or len(rest) < 2:
         return rest, none
@@ -112,9 +117,10 @@ def _replicas(seen_LKE: np.ndarray, alone_K: np.ndarray) -> tuple[np.ndarray, np
     return rest, found if reach_KK.all() else none
 
 
-def _above(seen_KE: np.ndarray, slot: int) -> bool:
+def _apart(seen_LKE: np.ndarray, seen_KE: np.ndarray, slot: int) -> bool:
     others = np.flatnonzero(np.delete(seen_KE, slot, 0).any(0))
-    return len(others) > 0 and int(seen_KE[slot].argmax()) > int(others[-1])
+    above = len(others) > 0 and int(seen_KE[slot].argmax()) > int(others[-1])
+    return above or (len(seen_LKE) > 1 and bool((seen_LKE[:, slot] == seen_KE[slot]).all()))
 
 
 class SlotUse:
