@@ -102,7 +102,8 @@ def fused_slots(seen_LKE: np.ndarray, served_LK: np.ndarray) -> FusedSlots | Non
 def _replicas(seen_LKE: np.ndarray, alone_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The routed slots, which share ids, and the one slot (or none) whose several ids are apart from theirs.
 
-    They are above all others, or the same in every layer.
+    They are the same in every layer, or above all others and most of them in every layer: of many, chance leaves out
+    some, and favourites of layers are others in each.
     """
     none = np.zeros(0, np.int64)
     seen_KE: np.ndarray = np.asarray(seen_LKE.any(0))
@@ -120,7 +121,8 @@ def _replicas(seen_LKE: np.ndarray, alone_K: np.ndarray) -> tuple[np.ndarray, np
 def _apart(seen_LKE: np.ndarray, seen_KE: np.ndarray, slot: int) -> bool:
     others = np.flatnonzero(np.delete(seen_KE, slot, 0).any(0))
     above = len(others) > 0 and int(seen_KE[slot].argmax()) > int(others[-1])
-    return above or (len(seen_LKE) > 1 and bool((seen_LKE[:, slot] == seen_KE[slot]).all()))
+    fewest, all_of_them = int(seen_LKE[:, slot].sum(1).min()), int(seen_KE[slot].sum())
+    return fewest > 1 and (2 * fewest > all_of_them if above else len(seen_LKE) > 1 and fewest == all_of_them)
 
 
 class SlotUse:
