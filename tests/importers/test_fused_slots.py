@@ -120,6 +120,13 @@ def test_a_dense_layer_and_rows_that_are_no_routing_do_not_hide_it(tmp_path: Pat
     same_ids(trace, TEXTS["experts"][kept][:, [0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint16, np.int16])
+def test_ids_of_any_whole_numbers(tmp_path: Path, dtype: Any) -> None:
+    np.save(tmp_path / "a.npy", with_slot(TEXTS, SHARED)["experts"].astype(dtype))
+    trace, _ = imported(tmp_path / "a.npy", tmp_path / "trace")
+    same_ids(trace)
+
+
 @pytest.mark.parametrize(
     "form", ["npy", "pt", "responses", "safetensors", "by-layer", "recorder", "problems", "megatron"]
 )

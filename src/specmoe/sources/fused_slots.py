@@ -21,7 +21,7 @@ _ROWS_CONSTANT, _ROWS_REPLICAS = 64, 256
 _ROWS_SUSPECT = 8
 # A layer may have collapsed on one expert; that all have on the same one is this unlikely, in bits.
 _BITS = 8.0
-_MOST_CELLS = 1 << 26
+_MOST_CELLS, _CELLS_AT_ONCE = 1 << 26, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,19 @@ class SlotUse:
         if not ids_TLK.size or not self._reserve(layers, top_k, int(ids_TLK.max()) + 1):
             return
         self._place = self._place or {layer: layer for layer in range(layers)}
-        self._served[:layers, :top_k] += np.count_nonzero(ids_TLK >= 0, axis=0)
         seen = self._seen
-        cell_LK = (np.arange(layers)[:, None] * seen.shape[1] + np.arange(top_k)) * seen.shape[2]
-        cell = (ids_TLK + cell_LK)[ids_TLK >= 0] if int(ids_TLK.min()) < 0 else ids_TLK + cell_LK
-        seen.reshape(-1)[cell.reshape(-1)] = True
+        cell_LK = ((np.arange(layers)[:, None] * seen.shape[1] + np.arange(top_k)) * seen.shape[2]).astype(np.int32)
+        # Pieces that stay in the processor's cache.
+        step = max(1, _CELLS_AT_ONCE // (layers * top_k))
+        for piece_TLK in (ids_TLK[start : start + step] for start in range(0, len(ids_TLK), step)):
+            cell_TLK = piece_TLK.astype(np.int32) + cell_LK
+            if int(piece_TLK.min()) >= 0:
+                self._served[:layers, :top_k] += len(piece_TLK)
+                seen.reshape(-1)[cell_TLK.reshape(-1)] = True
+            else:
+                served_TLK = piece_TLK >= 0
+                self._served[:layers, :top_k] += np.count_nonzero(served_TLK, axis=0)
+                seen.reshape(-1)[cell_TLK[served_TLK]] = True
 
     def add_entries(self, layer_N: np.ndarray, slot_N: np.ndarray, expert_N: np.ndarray) -> None:
         """Take in ids one by one, with their layers' numbers and their slots."""

@@ -50,6 +50,8 @@ def run_bounds(goes_on_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def in_runs(chosen_T: np.ndarray, least: int = LEAST_RUN) -> np.ndarray:
     """Rows [T] that are chosen, and so are their neighbours, ``least`` or more in a row."""
+    if not chosen_T.any():
+        return np.zeros(len(chosen_T), bool)
     edges = np.diff(np.concatenate([[False], chosen_T, [False]]).astype(np.int8))
     begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     long = ends - begins >= least
