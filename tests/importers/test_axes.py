@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,17 @@ def test_formats_that_say_it_themselves_take_no_axes(tmp_path: Path, capsys: pyt
     path = tmp_path / "a.jsonl"
     path.write_text('{"layer": 0, "token_idx": 0, "experts": [0, 1]}\n')
     assert run_verb(["import", str(path), "--out", str(tmp_path / "t"), "--axes", "layers,tokens,k"]) == 2
-    assert (
-        "--axes is for arrays (npz, safetensors, routed-experts); problem-jsonl says itself" in capsys.readouterr().err
-    )
+    words = "--axes is for arrays (npz, safetensors, routed-experts, routed-responses); problem-jsonl says itself"
+    assert words in capsys.readouterr().err
+
+
+def test_responses_layers_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"choices": [{"routed_experts": LAYERS_FIRST.tolist()}]}) + "\n")
+    assert any("--axes layers,tokens,k" in warning for warning in imported(path, tmp_path / "a")[1])
+    same(imported(path, tmp_path / "b", axes=AXES)[0])
+    answer = {"choices": [{"routed_experts": LAYERS_FIRST.tolist()}], "prompt_token_ids": list(range(TOKENS))}
+    path.write_text(json.dumps(answer) + "\n")
+    trace, warnings = imported(path, tmp_path / "c")
+    assert warnings == ["1 of 1 requests are [layers, tokens, k] by their numbers of tokens; turned"]
+    same(trace)

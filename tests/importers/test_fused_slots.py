@@ -252,6 +252,9 @@ def test_collapsed_routing_is_no_shared_expert() -> None:
     # One layer may have collapsed on its last expert.
     one = with_slot(TEXTS, SHARED)["experts"][:, :1]
     assert verdict(one) == "suspect"
+    # One layer may as well have collapsed on any other; five have not on the same.
+    middle = np.insert(TEXTS["experts"][:, :, :2] % 8 * 2, 2, 3, axis=2)
+    assert (verdict(middle[:, :1]), verdict(middle)) == ("none", "certain")
     # Not in every layer.
     some = with_slot(TEXTS, SHARED)["experts"].copy()
     some[:, 3, 3] = TEXTS["experts"][:, 3, 0] ^ 1
