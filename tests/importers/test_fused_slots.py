@@ -120,6 +120,19 @@ def test_a_dense_layer_and_rows_that_are_no_routing_do_not_hide_it(tmp_path: Pat
     same_ids(trace, TEXTS["experts"][kept][:, [0, 1, 3, 4]])
 
 
+@pytest.mark.parametrize("filler", [0, -1])
+def test_formats_that_keep_dense_layers_see_it_too(tmp_path: Path, filler: int) -> None:
+    ids = with_slot(TEXTS, SHARED)["experts"].astype(np.int16)
+    ids[:, 2] = filler
+    trace, warnings = of_arrays(tmp_path / "a", {**TEXTS, "experts": ids})
+    assert len(warnings) == 1
+    assert warnings[0].endswith(SAYS)
+    same_ids(trace, ids[..., :TOP_K])
+    path = tmp_path / "b.safetensors"
+    save_file({"topk_ids": torch.from_numpy(ids)}, path)
+    same_ids(imported(path, tmp_path / "b")[0], ids[..., :TOP_K])
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint16, np.int16])
 def test_ids_of_any_whole_numbers(tmp_path: Path, dtype: Any) -> None:
     np.save(tmp_path / "a.npy", with_slot(TEXTS, SHARED)["experts"].astype(dtype))
@@ -243,6 +256,11 @@ def test_collapsed_routing_is_no_shared_expert() -> None:
     assert verdict(np.broadcast_to(favourites, (500, 5, TOP_K))) == "none"
     # All tokens alike, in every layer alike.
     assert verdict(np.broadcast_to(np.array([5, 1, 3]), (500, 5, TOP_K))) == "none"
+    # In one slot alike, in the others not, but there is no choice in any layer.
+    assert verdict(np.insert(np.broadcast_to(np.arange(5)[:, None], (500, 5, 1)), 1, 15, axis=2)) == "none"
+    swapped = np.arange(10).reshape(5, 2)[None, :, ::-1] * np.ones((500, 1, 1), int)
+    swapped[::2] = swapped[::2, :, ::-1]
+    assert verdict(np.insert(swapped, 2, 15, axis=2)) == "none"
     # A favourite of its own in every layer, always first, before others that vary.
     ids = TEXTS["experts"][:, :, :2] % 8
     assert verdict(np.insert(ids, 0, np.arange(8, 13)[None], axis=2)) == "none"
@@ -279,6 +297,12 @@ def test_a_group_of_experts_for_each_slot_is_a_choice(tmp_path: Path) -> None:
     groups = np.random.default_rng(0).integers(0, 8, (600, 5, 4)) + 8 * np.arange(4)
     assert verdict(groups) == "none"
     assert verdict(groups[..., :2]) == "none"
+    # Two of a group, two of the next, one of the last.
+    twice = np.random.default_rng(1).integers(0, 8, (600, 5, 5)) + 8 * np.array([0, 0, 1, 1, 2])
+    assert verdict(twice) == "none"
+    assert verdict(twice[:, :, [0, 1, 4]]) == "certain"
+    # One of a group, whichever it is in a layer, and one of the last: top-1 and replicas cannot be told from it.
+    assert verdict(groups[..., [0, 3]] % 8 + np.arange(5)[:, None] * np.array([2, 0]) + np.array([0, 24])) == "none"
     shape = Topology(model_id="s", layers=4, experts=8, top_k=2, hidden_size=16)
     synthetic_trace(tmp_path / "t", topology=shape, documents=20, tokens=60, determinism=0.5, seed=1)
     assert "shared-slot" not in {finding.code for finding in validate_trace(tmp_path / "t").findings}

@@ -13,7 +13,7 @@ from array_samples import recall_of, texts
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers import ImportOptions, import_trace
 from specmoe.sources.importers.cleaning import Cleaning
-from specmoe.sources.unrouted import alike_to_last, blank_rows, counting_rows, in_runs, run_bounds
+from specmoe.sources.unrouted import alike_to_last, blank_rows, counting_layers, in_runs, run_bounds
 from specmoe.topology import Topology
 from specmoe.trace import RoutingRecord, Trace
 
@@ -140,6 +140,18 @@ def test_all_fields_lose_the_same_rows(tmp_path: Path) -> None:
         assert tensor.tolist() == expected.tolist(), name
 
 
+def test_formats_that_keep_dense_layers_see_padding_too(tmp_path: Path) -> None:
+    ids = np.insert(TEXTS["experts"], 2, 0, axis=1)
+    ids[100:110] = np.arange(TOP_K)
+    ids[100:110, 2] = 0
+    trace, warnings = imported(tmp_path / "a", {**TEXTS, "experts": ids})
+    assert warnings[0].startswith("10 tokens, 8 or more in a row, hold the experts 0 to 2")
+    assert trace.read(1).expert_ids.tolist() == ids[[*range(60, 100), *range(110, 120)]].tolist()
+    # In two layers of six a router may choose them.
+    ids[:, [0, 1, 3]] = 0
+    assert "were kept" in imported(tmp_path / "b", {**TEXTS, "experts": ids, "token_ids": np.full(2400, -1)})[1][0]
+
+
 def test_fewer_than_eight_in_a_row_may_be_chance(tmp_path: Path) -> None:
     ids = TEXTS["experts"].copy()
     ids[30:37] = np.arange(TOP_K)
@@ -224,8 +236,13 @@ def test_rows_and_runs_as_a_loop_finds_them() -> None:
         rows = ids.tolist()
         blank = [all(place in ([0] * top_k, [-1] * top_k, list(range(top_k))) for place in row) for row in rows]
         assert blank_rows(ids).tolist() == blank
-        counting = [all(place == list(range(top_k)) for place in row) for row in rows]
-        assert counting_rows(ids).tolist() == counting
+        first = list(range(top_k))
+        layers_T = [
+            sum(place == first for place in row) if all(place in ([0] * top_k, first) for place in row) else 0
+            for row in rows
+        ]
+        assert counting_layers(ids).tolist() == layers_T
+        counting = [layers > 0 for layers in layers_T]
         alike = [t > 0 and rows[t] == rows[t - 1] for t in range(len(rows))]
         assert alike_to_last(ids).tolist() == alike
         runs, long = [], [False] * len(rows)

@@ -70,8 +70,9 @@ def fused_slots(seen_LKE: np.ndarray, served_LK: np.ndarray) -> FusedSlots | Non
         None where there are none. Never all slots: what is left chooses between experts.
     """
     used = np.flatnonzero(served_LK.any(0))
-    live = np.flatnonzero(served_LK.any(1))
-    if len(used) < 2:
+    # A dense layer that was numbered among the others holds one id in all slots.
+    live = np.flatnonzero(seen_LKE.any(1).sum(1) > 1)
+    if len(used) < 2 or not len(live):
         return None
     seen, served = seen_LKE[np.ix_(live, used)], served_LK[np.ix_(live, used)]
     shared_LE = seen.sum(1) > 1

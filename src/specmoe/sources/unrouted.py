@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["LEAST_RUN", "alike_to_last", "blank_rows", "counting_rows", "in_runs", "run_bounds"]
+__all__ = ["LEAST_RUN", "alike_to_last", "blank_rows", "counting_layers", "in_runs", "run_bounds"]
 
 # Neighbours that are routed alike in all layers may be chance; so many in a row are not.
 LEAST_RUN = 8
@@ -21,12 +21,17 @@ def blank_rows(ids_TLK: np.ndarray) -> np.ndarray:
     return found_T
 
 
-def counting_rows(ids_TLK: np.ndarray) -> np.ndarray:
-    """Rows [T] that hold the experts 0 to K-1, in this order, in every layer."""
-    found_T = np.zeros(len(ids_TLK), bool)
+def counting_layers(ids_TLK: np.ndarray) -> np.ndarray:
+    """In how many layers a row [T] holds the experts 0 to K-1, in this order.
+
+    0 where a layer holds anything else but 0 throughout, as dense ones that were numbered among the others do.
+    """
+    found_T = np.zeros(len(ids_TLK), np.int64)
     first = np.flatnonzero((ids_TLK[:, :, 0] == 0).all(1))
     if len(first):
-        found_T[first] = (ids_TLK[first] == np.arange(ids_TLK.shape[2])).all((1, 2))
+        rows = ids_TLK[first]
+        counting = (rows == np.arange(ids_TLK.shape[2])).all(-1)
+        found_T[first] = np.where((counting | (rows == 0).all(-1)).all(1), counting.sum(1), 0)
     return found_T
 
 

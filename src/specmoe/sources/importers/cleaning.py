@@ -13,7 +13,7 @@ import torch
 
 from specmoe.sources.fused_slots import FusedSlots
 from specmoe.sources.importers.base import UNKNOWN_TOKEN
-from specmoe.sources.unrouted import LEAST_RUN, alike_to_last, counting_rows, in_runs, run_bounds
+from specmoe.sources.unrouted import LEAST_RUN, alike_to_last, counting_layers, in_runs, run_bounds
 from specmoe.topology import Topology
 from specmoe.trace import RoutingRecord
 
@@ -42,7 +42,8 @@ class Cleaning:
         self._top_k, self._experts = topology.top_k, topology.experts
         self._kept = None if fused is None else torch.from_numpy(fused.kept(topology.top_k + len(fused.slots)))
         orders = sum(math.log2(max(1, topology.experts - slot)) for slot in range(topology.top_k))
-        self._counting_is_certain = topology.experts > topology.top_k and topology.layers * orders >= _CERTAIN_BITS
+        # Where there are no more experts than K, any row is such a row.
+        self._certain_layers = _CERTAIN_BITS / orders if topology.experts > topology.top_k else math.inf
         self._tails = self._zeros = self._counting = self._whole = self._inner = self._empty = self._alike = 0
 
     def __call__(self, record: RoutingRecord) -> RoutingRecord:
@@ -69,8 +70,8 @@ class Cleaning:
         zero_T &= self._top_k > 1
         tail = len(ids_TLK) - int((~empty_T[::-1]).argmax()) if not empty_T.all() else 0
         ends_T = np.arange(len(ids_TLK)) >= tail
-        counting_T = in_runs(counting_rows(ids_TLK)) & ~zero_T
-        dropped_T = ends_T | zero_T | (counting_T & self._counting_is_certain)
+        layers_T = counting_layers(ids_TLK)
+        dropped_T = ends_T | zero_T | (in_runs(layers_T > 0) & (layers_T >= self._certain_layers))
         self._tails += int(ends_T.sum())
         self._zeros += int((zero_T & ~ends_T).sum())
         self._counting += int((dropped_T & ~zero_T & ~ends_T).sum())
