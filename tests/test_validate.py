@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -371,7 +372,140 @@ def test_a_number_of_experts_taken_from_the_ids(tmp_path: Path) -> None:
     assert found(path) == {"inferred-experts": "note"}
 
 
+def with_slot(records: Records, ids_of: Callable[[int], torch.Tensor], at: int = TOP_K) -> Records:
+    """The same records with one slot more in every layer, of the ids that ``ids_of`` gives for so many tokens."""
+    wider = []
+    for record in records:
+        slot = ids_of(len(record))[:, None, None].expand(-1, LAYERS, 1).to(torch.int16)
+        ids = torch.cat([record.expert_ids[..., :at], slot, record.expert_ids[..., at:]], -1)
+        wider.append(RoutingRecord(record.token_ids, record.phase, ids))
+    return wider
+
+
+@pytest.mark.parametrize("at", [0, TOP_K])
+def test_a_shared_expert_in_a_slot_of_its_own(tmp_path: Path, at: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    fewer = [replace(record, expert_ids=record.expert_ids % 6) for record in model_records(60)]
+    fewer = [
+        replace(r, expert_ids=torch.stack([r.expert_ids[..., 0], (r.expert_ids[..., 0] + 1) % 6], -1)) for r in fewer
+    ]
+    assert "shared-slot" not in found(write(tmp_path / "a", fewer, ()))
+    constant = with_slot(fewer, lambda size: torch.full((size,), 6), at)
+    path = write(tmp_path / "b", constant, ())
+    codes = found(path)
+    assert codes["shared-slot"] == "error"
+    assert "always-used" not in codes  # the same thing is not said twice
+    message = next(f.message for f in validate_trace(path).findings if f.code == "shared-slot")
+    assert message.startswith(f"slot {at} of 0 to 2 holds expert 6 for every token in every layer")
+    replicas = with_slot(fewer, lambda size: torch.randint(6, 8, (size,), generator=draw), at)
+    assert found(write(tmp_path / "c", replicas, ()))["shared-slot"] == "error"
+    # Where the number of experts does not count it, it is one of those beyond.
+    beyond = with_slot(model_records(60), lambda size: torch.randint(8, 12, (size,), generator=draw), at)
+    codes = found(write(tmp_path / "d", beyond, ()))
+    assert (codes["shared-slot"], codes["beyond-experts"]) == ("error", "note")
+
+
+def test_a_slot_that_may_be_a_shared_expert(tmp_path: Path) -> None:
+    short = [RoutingRecord(*(tensor[:2] for _, tensor in record.tensors())) for record in model_records()]
+    few = with_slot(short, lambda size: torch.full((size,), 9))
+    assert found(write(tmp_path / "a", few, ()))["shared-slot"] == "warning"
+
+
 # --- findings about the routing ------------------------------------------------------------------------
+
+
+def test_an_expert_that_every_token_uses(tmp_path: Path) -> None:
+    def always(layers: list[int], but: int = 0) -> Records:
+        """Expert 7 is one of the two, in either slot."""
+        changed = []
+        for record in model_records(40):
+            ids = record.expert_ids % 7
+            swap = torch.arange(len(ids)) % 2
+            for layer in layers:
+                ids[torch.arange(len(ids)), layer, swap] = 7
+                ids[:but, layer, 0], ids[:but, layer, 1] = 1, 2
+            other = ids[..., 0] == ids[..., 1]
+            ids[..., 1][other] = (ids[..., 1][other] + 1) % 7
+            changed.append(RoutingRecord(record.token_ids, record.phase, ids))
+        return changed
+
+    every = write(tmp_path / "a", always([0, 1, 2, 3]), ())
+    assert found(every)["always-used"] == "error"
+    assert "expert 7 in every layer" in next(
+        f.message for f in validate_trace(every).findings if f.code == "always-used"
+    )
+    some = write(tmp_path / "b", always([1, 3]), ())
+    assert found(some)["always-used"] == "warning"
+    assert "in 2 layers of 4 (expert 7 in layer 1)" in str(validate_trace(some).findings)
+    # 1 of 64 tokens without it is more than a hundredth, and a layer that has collapsed is called so.
+    assert "always-used" not in found(write(tmp_path / "c", always([0, 1, 2, 3], but=1), ()))
+    ids = [torch.tensor([5, 1]).expand(60, LAYERS, 2).contiguous() for _ in range(20)]
+    assert "always-used" not in found(ids_only(tmp_path / "d", ids))
+
+
+def alike(record: RoutingRecord, start: int, length: int, token: int | None = None) -> RoutingRecord:
+    """The record with some tokens routed as the first of them, all of one token id if it is given."""
+    tensors = {name: tensor.clone() for name, tensor in record.tensors()}
+    tensors["expert_ids"][start : start + length] = tensors["expert_ids"][start]
+    if token is not None:
+        tensors["token_ids"][start : start + length] = token
+    return RoutingRecord(**tensors)
+
+
+def test_tokens_in_a_row_that_are_routed_alike(tmp_path: Path) -> None:
+    def codes(name: str, documents: int, *change: Any) -> tuple[str, str]:
+        records = model_records()
+        records = [alike(record, *change) if n < documents else record for n, record in enumerate(records)]
+        path = write(tmp_path / name, records, ())
+        said = [finding for finding in validate_trace(path).findings if finding.code == "constant-routing"]
+        assert ("constant-routing" in found(path)) == bool(said)
+        return (said[0].severity, said[0].message) if said else ("", "")
+
+    severity, message = codes("a", 3, 20, 8)
+    assert severity == "warning"
+    assert message.startswith("24 tokens (1.2%) stand in runs of 8 or more that are routed alike in all 4 layers")
+    assert "the longest run 8 tokens in 'doc-0'" in message
+    assert codes("b", 30, 20, 7)[0] == ""
+    assert codes("c", 30, 20, 9)[0] == "error"
+    # White space may be routed so; so much of it is padding.
+    severity, message = codes("d", 3, 20, 9, 5)
+    assert severity == "note"
+    assert message.startswith("27 tokens (1.4%)")
+    assert codes("e", 30, 20, 9, 5)[0] == "warning"
+    assert codes("f", 3, 20, 9, -1)[0] == "warning"
+    # The run's first token may follow itself: it still is one token's run.
+    assert codes("g", 3, 0, 9, 5)[0] == "note"
+
+
+def test_tokens_routed_alike_where_that_says_nothing(tmp_path: Path) -> None:
+    ids = [torch.tensor([5, 1]).expand(60, LAYERS, 2).contiguous() for _ in range(20)]
+    assert "constant-routing" not in found(ids_only(tmp_path / "a", ids))
+    none = [alike(record, 20, 9) for record in model_records()]
+    for record in none:
+        record.expert_ids[20:29] = -1
+    assert "constant-routing" not in found(write(tmp_path / "b", none, ()))
+    # The end of one document and the beginning of the next are no run.
+    ends = [alike(alike(record, len(record) - 6, 6), 0, 6) for record in model_records()]
+    for before, after in itertools.pairwise(ends):
+        after.expert_ids[:6] = before.expert_ids[-1]
+    assert "constant-routing" not in found(write(tmp_path / "c", ends, ()))
+
+
+@pytest.mark.parametrize("size", [1, 1 << 10, 2 << 20])
+def test_runs_are_counted_whole_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    from specmoe.diagnostics import blocks
+    from specmoe.diagnostics.scan import scan_trace
+
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", size)  # of at least 256 tokens
+    records = model_records(4, 700)
+    records[1] = alike(records[1], 250, 12)
+    records[2] = alike(alike(records[2], 509, 300), 100, 9, 3)
+    records[3] = alike(alike(records[3], 692, 99), 252, 8, 4)
+    scan = scan_trace(Trace.open(write(tmp_path, records, ())))
+    # The documents have 700, 701, 702 and 700 tokens.
+    assert (scan.alike.tokens, scan.alike.runs) == (12 + 193 + 8, 3)
+    assert scan.alike.repeats == 9 + 8
+    assert scan.alike.longest == (193, 2)
 
 
 def test_dead_experts_and_collapsed_layers(tmp_path: Path) -> None:

@@ -217,3 +217,45 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "flame-moe": flame,
     "safetensors": safetensors_set,
 }
+
+
+# --- routing as a model gives it, for what only a measure can tell -------------------------------------------
+
+
+def texts(documents: int = 40, tokens: int = 60, *, layers: int = 5, experts: int = 16, k: int = 3) -> dict[str, Any]:
+    """Token ids and expert ids of documents: experts follow from the token, with noise; slots fall by weight."""
+    rng = np.random.default_rng(5)
+    taste = rng.standard_normal((50, layers, experts)) + rng.standard_normal((layers, experts))
+    words = rng.zipf(1.4, (documents, tokens)) % 50
+    ids = np.argsort(-(taste[words] + 0.7 * rng.standard_normal((documents, tokens, layers, experts))), -1)[..., :k]
+    return {
+        "token_ids": words.reshape(-1).astype(np.int32),
+        "experts": np.ascontiguousarray(ids.reshape(-1, layers, k).astype(np.uint8)),
+        "seq_offsets": np.arange(documents + 1) * tokens,
+    }
+
+
+def with_slot(arrays: dict[str, Any], ids_T: np.ndarray, *, at: int = -1) -> dict[str, Any]:
+    """The same with one slot more, which holds ``ids_T`` in every layer."""
+    experts = arrays["experts"]
+    slot = np.broadcast_to(ids_T[:, None], experts.shape[:2]).astype(experts.dtype)
+    place = experts.shape[2] if at == -1 else at
+    return {**arrays, "experts": np.insert(experts, place, slot, axis=2)}
+
+
+def recall_of(trace: Any, name: str) -> float:
+    """recall@K of a training-free predictor at horizon 1, prepared on the train part and judged on the rest."""
+    import functools
+
+    from specmoe.dataset import Windows, split_documents
+    from specmoe.evaluation import evaluate
+    from specmoe.predictors.base import Knowledge
+    from specmoe.predictors.registry import PREDICTORS
+
+    parts = split_documents(trace.documents).parts
+    train = Windows(trace, parts["train"], length=512)
+    judged = Windows(trace, [*parts["validation"], *parts["test"]], length=512)
+    predictor = PREDICTORS[name](trace.topology, (1,))
+    predictor.prepare(Knowledge(functools.partial(train.batches, 8)))
+    tally = evaluate(predictor, judged, only_recall=True)
+    return float(tally.sums["recall@K"].sum() / tally.events.sum())

@@ -88,14 +88,19 @@ def import_(
     ] = None,
     model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
     experts: Annotated[int | None, typer.Option(min=1, help="Experts in a layer, where the file does not say.")] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(help="Axes of arrays of experts, in order, such as layers,tokens,k; default: tokens,layers,k."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
     from specmoe.cli.progress import ProgressLine
     from specmoe.sources.importers import ImportOptions, import_trace
+    from specmoe.sources.importers.axes import axes_of
     from specmoe.trace import Trace
 
-    options = ImportOptions(model_id=model_id, experts=experts)
+    options = ImportOptions(model_id=model_id, experts=experts, axes=None if axes is None else axes_of(axes))
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
     for warning in warnings:

@@ -10,6 +10,7 @@ import numpy as np
 
 from specmoe.diagnostics.blocks import Block, blocks
 from specmoe.diagnostics.gate_sums import GateSums
+from specmoe.diagnostics.runs import AlikeRuns
 from specmoe.diagnostics.shingles import Shingles, mix, rolling, sampling_step
 from specmoe.trace import Phase, RoutingRecord, Trace
 
@@ -81,14 +82,15 @@ class Scan:
 
     Attributes:
         documents: per document. tokens: in all. pairs: tokens that follow another one. largest_id: of any expert.
-        load_LE: int64, how often each expert was used. beyond_L: slots with an id of E or above.
+        load_LE: int64, how often each expert was used. beyond_LK: tokens for which a slot has an id of E or above.
+        seen_LKE: bool [L, K, E + 1], whether a slot ever held an expert; all ids beyond them are one.
         empty_LK: slots without an expert (-1). served_LK1: places by the number of their slots with an expert.
         repeats_L: places that name an expert twice.
         matches_L: slots whose expert the previous token used too.
         top_LE: int64, how often each expert was the top-1.
         joint_LGG: int64 [L - 1, G, G], top-1 experts of a layer and the next one; beyond some 500 experts
             neighbouring ids share a group, which can only lower the information.
-        gates: sums of the gate weights, None if they are not kept.
+        gates: sums of the gate weights, None if they are not kept. alike: runs of tokens that are routed alike.
         text, routing: shingles over :data:`TEXT_RUN` and :data:`ROUTING_RUN` tokens; the routing's second hash is
             that of the same tokens' ids.
     """
@@ -101,7 +103,9 @@ class Scan:
         self.tokens = self.pairs = 0
         self.largest_id = -1
         self.load_LE = np.zeros((layers, experts), np.int64)
-        self.beyond_L = np.zeros(layers, np.int64)
+        self.seen_LKE = np.zeros((layers, top_k, experts + 1), bool)
+        self.alike = AlikeRuns()
+        self.beyond_LK = np.zeros((layers, top_k), np.int64)
         self.empty_LK = np.zeros((layers, top_k), np.int64)
         self.served_LK1 = np.zeros((layers, top_k + 1), np.int64)
         self.repeats_L = np.zeros(layers, np.int64)
@@ -132,7 +136,11 @@ class Scan:
             # A name of its own for what is no expert of this layer.
             ids = np.where((ids < 0) | (ids >= experts), np.int16(experts), ids)
         cell = ids + self._first_cell
-        self.load_LE += self._by_expert(cell)
+        for slot, cell_LT in enumerate(cell):
+            count_LE = self._by_expert(cell_LT)
+            self.load_LE += count_LE
+            self.seen_LKE[:, slot, :-1] |= count_LE > 0
+        self.alike.take(block)
         self._count_repeats(ids)
         self._count_matches(ids, block.follows_T)
         top_LT = _top_slot(ids, block.gate_weights_KLT)
@@ -149,13 +157,19 @@ class Scan:
         if ids_KLT.min() >= 0 and largest < self.topology.experts:
             self.served_LK1[:, -1] += ids_KLT.shape[-1]
             return True
-        self.beyond_L += (ids_KLT >= self.topology.experts).sum((0, 2))
+        self.beyond_LK += (ids_KLT >= self.topology.experts).sum(-1).T
+        self.seen_LKE[..., -1] = self.beyond_LK > 0
         empty_KLT = ids_KLT < 0
         self.empty_LK += empty_KLT.sum(-1).T
         served_LT = len(ids_KLT) - empty_KLT.sum(0)
         for count in range(len(ids_KLT) + 1):
             self.served_LK1[:, count] += (served_LT == count).sum(-1)
         return False
+
+    @property
+    def served_LK(self) -> np.ndarray:
+        """int64, tokens of each layer that a slot serves with an expert."""
+        return self.tokens - self.empty_LK
 
     def _by_expert(self, cell: np.ndarray) -> np.ndarray:
         layers, experts = self.topology.layers, self.topology.experts
@@ -248,4 +262,5 @@ def scan_trace(trace: Trace, on_progress: Callable[[int, int], None] = lambda _d
     for block in blocks(trace, scan.documents.take):
         scan.take(block)
         on_progress(scan.tokens, trace.tokens)
+    scan.alike.close()
     return scan

@@ -6,12 +6,19 @@ import numpy as np
 
 from specmoe.diagnostics.evidence import Evidence, counted, listed
 from specmoe.diagnostics.result import Finding
+from specmoe.sources.fused_slots import fused_slots
+from specmoe.sources.unrouted import LEAST_RUN
 
 __all__ = ["CHECKS"]
 
 # A busy model's expert would be used this often on average before its absence says anything.
 _USES_FOR_DEAD = 50
 _COLLAPSED_SHARE = 0.95
+_ALWAYS_SHARE = 0.99
+_ALWAYS_TOKENS = 64
+# Where all layers together say less of a token, neighbours are routed alike by chance.
+_ROUTE_BITS = 8.0
+_ALIKE_ERROR = 0.1
 # In standard deviations of shuffled data.
 _INFORMATIVE = 4.0
 
@@ -112,4 +119,69 @@ def iid_routing(evidence: Evidence) -> Finding | None:
     return Finding(code="iid-routing", severity="error", message=message)
 
 
-CHECKS = (dead_experts, collapsed_layers, identical_layers, shifted_layers, copied_routing, iid_routing)
+def always_used(evidence: Evidence) -> Finding | None:
+    """An expert that (nearly) every token of a layer uses, beside a choice among others: a shared one, by its use."""
+    scan, top_k = evidence.scan, evidence.trace.topology.top_k
+    load_LE = scan.load_LE
+    served_L = scan.served_LK.max(1)
+    if top_k < 2 or load_LE.shape[1] <= top_k or scan.tokens < _ALWAYS_TOKENS:
+        return None
+    fused = fused_slots(scan.seen_LKE, scan.served_LK)
+    always_LE = load_LE >= _ALWAYS_SHARE * np.maximum(served_L, 1)[:, None]
+    if fused is not None:
+        always_LE[:, [expert for expert in fused.experts if expert < load_LE.shape[1]]] = False
+    # Where all K are the same for nearly every token the layer has collapsed, which another finding says.
+    always_LE[np.sort(load_LE, 1)[:, -top_k:].sum(1) >= _COLLAPSED_SHARE * load_LE.sum(1)] = False
+    layers = np.flatnonzero(always_LE.any(1))
+    if not len(layers):
+        return None
+    everywhere = np.flatnonzero(always_LE.all(0))
+    if len(everywhere) and len(load_LE) > 1:
+        who = f"expert{'s' * (len(everywhere) > 1)} {listed(everywhere.tolist())} in every layer"
+    else:
+        first = int(layers[0])
+        who = f"one expert or more in {counted(len(layers), 'layer')} of {len(load_LE)}"
+        who += f" (expert {int(always_LE[first].argmax())} in layer {first})"
+    message = (
+        f"at least {_ALWAYS_SHARE:.0%} of tokens use {who}, as a shared expert that was counted among the routed ones; "
+        "naming it is right always: record the router's own choices only, or leave such layers out of what you report"
+    )
+    certain = len(everywhere) > 0 and len(load_LE) > 1
+    return Finding(code="always-used", severity="error" if certain else "warning", message=message)
+
+
+def constant_routing(evidence: Evidence) -> Finding | None:
+    """Tokens in a row that are routed alike in every layer: a profiling pass, padding, a buffer not written again."""
+    alike, tokens, layers = evidence.scan.alike, evidence.scan.tokens, len(evidence.scan.top_LE)
+    if not alike.tokens and not alike.repeats:
+        return None
+    share_LE = evidence.scan.top_LE / np.maximum(evidence.scan.top_LE.sum(1, keepdims=True), 1)
+    if -(share_LE * np.log2(np.where(share_LE > 0, share_LE, 1))).sum() < _ROUTE_BITS:
+        return None
+    where = f"in runs of {LEAST_RUN} or more that are routed alike in all {layers:,} layers"
+    if not alike.tokens:
+        share = alike.repeats / tokens
+        message = (
+            f"{alike.repeats:,} tokens ({share:.1%}) stand {where}, each run of one token id, as repeated white space "
+            "may be in a small model and padding is: check that they are text"
+        )
+        return Finding(code="constant-routing", severity="warning" if share > _ALIKE_ERROR else "note", message=message)
+    share, (length, document) = alike.tokens / tokens, alike.longest
+    message = (
+        f"{alike.tokens:,} tokens ({share:.1%}) stand {where} although their token ids differ or are unknown, the "
+        f"longest run {length:,} tokens in {evidence.trace.documents[document].doc_id!r}; that is no text but an "
+        "engine's profiling pass, padding or a buffer that was not written again: leave those rows out at the source"
+    )
+    return Finding(code="constant-routing", severity="error" if share > _ALIKE_ERROR else "warning", message=message)
+
+
+CHECKS = (
+    dead_experts,
+    collapsed_layers,
+    always_used,
+    constant_routing,
+    identical_layers,
+    shifted_layers,
+    copied_routing,
+    iid_routing,
+)

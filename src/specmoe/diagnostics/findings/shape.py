@@ -9,6 +9,7 @@ import numpy as np
 
 from specmoe.diagnostics.evidence import Evidence, counted, listed
 from specmoe.diagnostics.result import Finding
+from specmoe.sources.fused_slots import fused_slots
 
 __all__ = ["CHECKS"]
 
@@ -93,7 +94,7 @@ def beyond_experts(evidence: Evidence) -> Finding | None:
 
     It is an error where the topology says how many zero experts there are, and an id is none of them either.
     """
-    beyond = int(evidence.scan.beyond_L.sum())
+    beyond = int(evidence.scan.beyond_LK.sum())
     if beyond == 0:
         return None
     shape = evidence.trace.topology
@@ -111,6 +112,25 @@ def beyond_experts(evidence: Evidence) -> Finding | None:
     return Finding(code="beyond-experts", severity="note", message=message)
 
 
+def shared_slot(evidence: Evidence) -> Finding | None:
+    """A slot holds what no other slot does: a shared expert that an engine fused into the top-k."""
+    found = fused_slots(evidence.scan.seen_LKE, evidence.scan.served_LK)
+    if found is None:
+        return None
+    looks = f"{found.words}, as where an engine fuses a shared expert into the top-k"
+    if not found.certain:
+        message = (
+            f"{looks}; {counted(evidence.scan.tokens, 'token')} of so few layers and experts do not make it certain: "
+            "if the model has a shared expert, record without fusing it"
+        )
+        return Finding(code="shared-slot", severity="warning", message=message)
+    message = (
+        f"{looks}; it is no choice of the router, so every figure counts what needs no foresight: import the source "
+        "again, which leaves it out, or record without fusing it"
+    )
+    return Finding(code="shared-slot", severity="error", message=message)
+
+
 def inferred_experts(evidence: Evidence) -> Finding | None:
     """The number of experts was taken from the ids."""
     settings, shape = evidence.trace.manifest.source.settings, evidence.trace.topology
@@ -123,4 +143,4 @@ def inferred_experts(evidence: Evidence) -> Finding | None:
     return Finding(code="inferred-experts", severity="note", message=message)
 
 
-CHECKS = (top_k_mismatch, repeated_experts, empty_slots, dropped_slots, beyond_experts, inferred_experts)
+CHECKS = (top_k_mismatch, repeated_experts, empty_slots, dropped_slots, beyond_experts, shared_slot, inferred_experts)

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.fused_slots import FusedSlots, SlotUse
 from specmoe.sources.importers._text import Lines, bad_line
 from specmoe.sources.importers.base import UNKNOWN_TOKEN
+from specmoe.sources.importers.cleaning import fused_warning
 from specmoe.trace import RoutingRecord
 
 __all__ = ["Entries", "Oddities", "Placed", "Survey", "document_name", "in_range"]
@@ -198,6 +200,7 @@ class Survey:
     rows: Counter[int] = field(default_factory=Counter)
     experts: int = 0
     top_k: int = 0
+    _slots: SlotUse = field(default_factory=SlotUse)
 
     def add(self, entries: Entries) -> None:
         """Take some entries into account."""
@@ -207,6 +210,21 @@ class Survey:
         self.rows.update(dict(zip(layers.tolist(), counts.tolist(), strict=True)))
         self.experts = max(self.experts, int(entries.expert_N.max()) + 1)
         self.top_k = max(self.top_k, int(entries.slot_N.max()) + 1)
+        self._slots.add_entries(entries.layer_N, entries.slot_N, entries.expert_N)
+
+    def fused_slots(self, layers_L: np.ndarray, warnings: list[str]) -> FusedSlots | None:
+        """Slots of a shared expert, which ``experts`` and ``top_k`` count no longer; a warning names them.
+
+        What merely looks like such a slot is warned of and stays.
+        """
+        found = self._slots.fused(layers_L)
+        if found is not None:
+            warnings.append(fused_warning(found))
+        if found is None or not found.certain:
+            return None
+        self.top_k -= len(found.slots)
+        self.experts = found.experts[0] if found.beyond else self.experts
+        return found
 
     def layers_L(self, path: Path) -> np.ndarray:
         """The numbers of all layers seen, rising.

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.fused_slots import FusedSlots, SlotUse
 from specmoe.sources.importers.base import UNKNOWN_TOKEN
+from specmoe.sources.importers.cleaning import fused_warning
+from specmoe.sources.unrouted import blank_rows
 
 __all__ = ["IdSurvey", "UniqueNames", "float_rows", "id_rows", "no_more_than", "opened", "token_rows"]
 
@@ -100,16 +103,23 @@ def _whole(array: np.ndarray, name: str, lowest: int, highest: int) -> np.ndarra
 
 
 class IdSurvey:
-    """What a first pass over all expert ids tells: how many experts there are, and which layers route at all.
+    """What a first pass over all expert ids tells: how many experts there are, and which layers and slots route at all.
 
-    Engines that number all layers of a model fill the dense ones with one number, 0 or -1, in every slot.
+    Engines that number all layers of a model fill the dense ones with one number, 0 or -1, in every slot. Rows that are
+    no routing in any layer say nothing of that.
+
+    Attributes:
+        shape: layers and slots of all blocks, None before the first. rows: tokens so far.
     """
 
     def __init__(self) -> None:
         self.shape: tuple[int, int] | None = None
         self.rows = 0
-        self._routes = np.zeros(0, bool)
+        self._routes = self._routes_if_blank = np.zeros(0, bool)
         self._largest = np.zeros(0, np.int64)
+        self._layers: np.ndarray | None = None
+        self._slots = SlotUse()
+        self._fused: FusedSlots | None = None
 
     def add(self, ids_TLK: np.ndarray, name: str) -> None:
         """Take in a block of rows.
@@ -125,19 +135,24 @@ class IdSurvey:
         if self.shape is None:
             self.shape = (layers, top_k)
             self._routes, self._largest = np.zeros(layers, bool), np.full(layers, -1, np.int64)
+            self._routes_if_blank = np.zeros(layers, bool)
         if self.shape != (layers, top_k):
             raise SpecmoeError(
-                f"{name} has {layers} layers, top-{top_k}; the data before it {self.shape[0]}, top-{self.shape[1]}"
+                f"{name} has {layers} layers, top-{top_k}; the data before it {self.shape[0]}, top-{self.shape[1]} "
+                "(axes were read as tokens, layers, k)"
             )
         _whole(ids_TLK, name, -1, _LARGEST_ID)
         if not len(ids_TLK):
             return
         self.rows += len(ids_TLK)
-        largest, smallest = ids_TLK.max((0, 2)), ids_TLK.min((0, 2))
-        self._largest = np.maximum(self._largest, largest)
-        # A top-1 router may really choose expert 0 every time; with several slots a repeated id is no choice.
-        idle = (largest <= 0) & (largest == smallest) if top_k > 1 else largest < 0
-        self._routes |= ~idle
+        self._largest = np.maximum(self._largest, ids_TLK.max((0, 2)))
+        blank_T = blank_rows(ids_TLK)
+        if blank_T.any() and top_k > 1:
+            self._routes_if_blank |= ~_idle(ids_TLK[blank_T])
+            ids_TLK = ids_TLK[~blank_T]
+        if len(ids_TLK):
+            self._routes |= ~_idle(ids_TLK)
+            self._slots.add_rows(ids_TLK)
 
     def moe_layers(self, warnings: list[str]) -> np.ndarray:
         """Indices of the layers that route; a warning names those left out.
@@ -147,17 +162,44 @@ class IdSurvey:
         """
         if not self.rows:
             raise SpecmoeError("there is no token in it")
-        kept = np.flatnonzero(self._routes)
+        kept = self._layers = np.flatnonzero(self._routes if self._routes.any() else self._routes_if_blank)
         if not len(kept):
             raise SpecmoeError("no layer routes anything: every id is 0 or -1")
-        if dropped := np.flatnonzero(~self._routes).tolist():
+        if dropped := sorted(set(range(len(self._routes))) - set(kept.tolist())):
             warnings.append(f"layers {dropped[:20]} hold one id throughout, as dense layers do, and were left out")
         return kept
 
+    def fused_slots(self, warnings: list[str]) -> FusedSlots | None:
+        """Slots of a shared expert, which :attr:`experts` and :attr:`top_k` count no longer; a warning names them.
+
+        Call it after :meth:`moe_layers`. What merely looks like such a slot is warned of and stays.
+        """
+        found = self._slots.fused(self._layers)
+        if found is not None:
+            warnings.append(fused_warning(found))
+            self._fused = found if found.certain else None
+        return self._fused
+
     @property
     def experts(self) -> int:
-        """One more than the largest id."""
+        """One more than the largest id of a router's own slots."""
+        if self._fused is not None and self._fused.beyond:
+            return self._fused.experts[0]
         return int(self._largest.max(initial=0)) + 1
+
+    @property
+    def top_k(self) -> int:
+        """Slots that are a router's own; 0 before the first block."""
+        return 0 if self.shape is None else self.shape[1] - (0 if self._fused is None else len(self._fused.slots))
+
+
+def _idle(ids_TLK: np.ndarray) -> np.ndarray:
+    """Layers [L] that hold 0 or -1 throughout.
+
+    A top-1 router may really choose expert 0 every time; with several slots a repeated id is no choice.
+    """
+    largest, smallest = ids_TLK.max((0, 2)), ids_TLK.min((0, 2))
+    return (largest <= 0) & (largest == smallest) if ids_TLK.shape[2] > 1 else largest < 0
 
 
 class UniqueNames:

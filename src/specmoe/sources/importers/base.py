@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import sha256_file
+from specmoe.sources.fused_slots import FusedSlots
 from specmoe.topology import Topology
 from specmoe.trace import RoutingRecord
 
@@ -42,10 +43,13 @@ class ImportOptions:
     Attributes:
         model_id: name of the model that was traced.
         experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
+        axes: names of the axes of arrays of experts, in order; see :mod:`specmoe.sources.importers.axes`. None to take
+            them for tokens, layers, k, unless the number of tokens says otherwise.
     """
 
     model_id: str = "unknown"
     experts: int | None = None
+    axes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class ForeignTrace:
         warnings: what was dropped or looks doubtful, one line each; complete when ``documents`` is exhausted.
         tokenizer: name of the tokenizer that the token ids belong to, if known.
         routers: the routers' weights [L, E, D] and biases [L, E] or None, if the format brings them.
+        fused: slots of a shared expert that the records still hold and ``topology`` does not count; the one loop that
+            imports takes them out.
     """
 
     topology: Topology
@@ -88,6 +94,7 @@ class ForeignTrace:
     warnings: list[str] = field(default_factory=list)
     tokenizer: str = ""
     routers: tuple[Tensor, Tensor | None] | None = None
+    fused: FusedSlots | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,14 @@ class Importer:
         read: opens a file or folder; raises :class:`SpecmoeError` if it is not of this format or damaged.
         recognises: whether a file or folder looks like this format, from its name and its first 64 KiB (empty for a
             folder). Cheap, and never an error.
+        takes_axes: whether it heeds :attr:`ImportOptions.axes`.
     """
 
     name: str
     about: str
     read: Callable[[Path, ImportOptions], ForeignTrace]
     recognises: Callable[[Path, bytes], bool]
+    takes_axes: bool = False
 
 
 def topology_of(

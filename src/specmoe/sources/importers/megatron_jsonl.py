@@ -76,6 +76,8 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     warnings: list[str] = []
     if contents.drafts:
         warnings.append(f"{contents.drafts:,} records are of layers that draft tokens (MTP) and were left out")
+    slots = contents.survey.top_k
+    fused = contents.survey.fused_slots(layers_L, warnings)
     widths = {name: _width(files, contents, name, warnings) for name in _SIDECARS}
     topology = topology_of(
         options,
@@ -90,9 +92,10 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     return ForeignTrace(
         topology=topology,
         fields=("token_ids", "phase", "expert_ids", *kept),
-        documents=_documents(path, files, layers_L, topology.top_k, kept, warnings),
+        documents=_documents(path, files, layers_L, slots, kept, warnings),
         settings={"layers": layers_L.tolist(), "ranks": len(files)},
         warnings=warnings,
+        fused=fused,
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers.arrays import IdSurvey, float_rows, id_rows, no_more_than, opened, token_rows
+from specmoe.sources.importers.axes import LAYERS_FIRST, TurnedRows, axes_doubt, layers_first, order_of
 from specmoe.sources.importers.base import ForeignTrace, ImportedDocument, Importer, ImportOptions, topology_of
-from specmoe.sources.importers.npy import NpzFile, blocks
+from specmoe.sources.importers.npy import NpzFile, RowReader, blocks
 from specmoe.topology import Topology
 from specmoe.trace import RoutingRecord
 from specmoe.trace.record import field_shape
@@ -28,6 +29,7 @@ __all__ = ["IMPORTER", "PROMPTS_PER_DOMAIN"]
 PROMPTS_PER_DOMAIN = 100
 # What a split keeps together: much longer than a conversation, much shorter than a part of the split.
 PROMPTS_PER_GROUP = 20
+Axes = tuple[str, ...] | None
 _PER_TOKEN = ("token_ids", "phase", "gate_weights", "router_logits")
 _KNOWN = {
     *_PER_TOKEN,
@@ -59,6 +61,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
 
     Document d is rows ``seq_offsets[d]`` to ``seq_offsets[d+1]``. See ``docs/trace-formats.md`` for the optional
     arrays. Members are decompressed as documents are read; the expert ids are read once more before, for their range.
+    Arrays that are [layers, tokens, ·] by the number of tokens, or whose axes the user names, are held in memory whole.
 
     Raises:
         SpecmoeError: an array is missing, has an impossible shape or dtype, or the file is damaged.
@@ -66,16 +69,20 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     warnings: list[str] = []
     with opened(path), NpzFile(path) as file:
         survey = IdSurvey()
-        experts = file.open("experts")
+        axes = _axes(file, options, warnings)
+        experts = _open(file, "experts", axes)
         for block in blocks(experts):
             survey.add(block, "experts")
         if survey.shape is None or not survey.rows:
             raise SpecmoeError(f"experts has shape {experts.shape}: there is no token in it")
-        cuts = _cuts(file, survey.rows)
-        topology = _topology(file, survey, options)
+        cuts = _cuts(file, survey.rows, axes)
+        if options.axes is None:
+            warnings += axes_doubt(*experts.shape)
+        fused = survey.fused_slots(warnings)
+        topology = _topology(file, survey, options, axes)
         _check_unfolding(cuts, topology, path.stat().st_size)
         names, domains, groups = _names(file, len(cuts.rows) - 1)
-        fields = _fields(file, survey.rows, topology)
+        fields = _fields(file, survey, topology, axes)
         if unknown := [name for name in file.names if name not in _KNOWN]:
             warnings.append(f"arrays that no field of a trace stands for were left out: {', '.join(unknown)[:200]}")
         experts_known = "num_experts" in file
@@ -83,23 +90,56 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     return ForeignTrace(
         topology=topology,
         fields=fields,
-        documents=_documents(path, cuts, names, domains, groups),
+        documents=_documents(path, cuts, axes, names, domains, groups),
         count=len(names),
         experts_known=experts_known,
         settings=settings,
         warnings=warnings,
+        fused=fused,
     )
 
 
-def _cuts(file: NpzFile, tokens: int) -> _Cuts:
+def _axes(file: NpzFile, options: ImportOptions, warnings: list[str]) -> Axes:
+    """The axes of the arrays of layers, None for [tokens, layers, ·]."""
+    shape, ends = file.open("experts").shape, file.whole("seq_offsets")
+    if options.axes is not None or ends.dtype.kind not in "iu" or ends.ndim != 1 or not len(ends):
+        return options.axes
+    tokens = int(ends[-1])
+    if layers_first(shape, (tokens,)):
+        warnings.append(f"experts {shape} is [layers, tokens, k] by its {tokens:,} tokens; arrays were turned")
+        return LAYERS_FIRST
+    if len(shape) == 3 and 0 not in shape and shape[0] != tokens:
+        raise SpecmoeError(
+            f"seq_offsets must rise from 0 to {shape[0]}, the number of rows, and ends at {tokens}: experts has shape "
+            f"{shape}, read as tokens, layers, k; if its axes are others, name them with --axes"
+        )
+    return None
+
+
+def _open(file: NpzFile, name: str, axes: Axes) -> RowReader:
+    """An array [tokens, ...], whatever the axes of those that have layers are."""
+    if axes is None or len(file.open(name).shape) < len(axes):
+        return file.open(name)
+    return TurnedRows(file.whole(name), name, axes)
+
+
+def _shape(file: NpzFile, name: str, axes: Axes) -> tuple[int, ...]:
+    """The shape [tokens, ...] of an array."""
+    shape = file.open(name).shape
+    if axes is None or len(shape) < len(axes):
+        return shape
+    return tuple(shape[axis] for axis in order_of(shape, name, axes))
+
+
+def _cuts(file: NpzFile, tokens: int, axes: Axes) -> _Cuts:
     rows = _offsets(file, "seq_offsets", tokens)
     kind = _hidden_name(file)
     if kind is None:
         return _Cuts(rows, None)
-    hidden = file.open(kind)
-    offsets = _offsets(file, "hidden_offsets", hidden.shape[0]) if "hidden_offsets" in file else rows
-    if len(offsets) != len(rows) or offsets[-1] != hidden.shape[0]:
-        raise SpecmoeError(f"{kind} has {hidden.shape[0]} rows, its offsets cover {offsets[-1]}")
+    held = _shape(file, kind, axes)[0]
+    offsets = _offsets(file, "hidden_offsets", held) if "hidden_offsets" in file else rows
+    if len(offsets) != len(rows) or offsets[-1] != held:
+        raise SpecmoeError(f"{kind} has {held} rows, its offsets cover {offsets[-1]}")
     lengths = np.diff(offsets)
     if ((lengths != np.diff(rows)) & (lengths != 0)).any():
         raise SpecmoeError("hidden_offsets: a document has another number of hidden states than of tokens")
@@ -116,37 +156,41 @@ def _offsets(file: NpzFile, name: str, end: int) -> np.ndarray:
     return offsets
 
 
-def _topology(file: NpzFile, survey: IdSurvey, options: ImportOptions) -> Topology:
+def _topology(file: NpzFile, survey: IdSurvey, options: ImportOptions, axes: Axes) -> Topology:
     assert survey.shape is not None
-    layers, top_k = survey.shape
+    layers, top_k = survey.shape[0], survey.top_k
     experts, width = survey.experts, 0
+    most = experts if top_k < survey.shape[1] else 1 << 15  # a shared expert's id bounds those of the others
     if "num_experts" in file:
         (experts,) = _whole_numbers(file, "num_experts", 1)  # larger ids are no experts, and stay as they are
     if "router_logits" in file:
-        shape = file.open("router_logits").shape
+        shape = _shape(file, "router_logits", axes)
         if len(shape) != 3 or shape[:2] != (survey.rows, layers):
             raise SpecmoeError(f"router_logits has shape {shape}, expected ({survey.rows}, {layers}, experts)")
-        experts = shape[2]
+        experts = min(shape[2], most)
         if options.experts is not None and options.experts != experts:
             raise SpecmoeError(f"--experts {options.experts}, but router_logits has {experts} columns")
     kind = _hidden_name(file)
     if kind is not None:
-        shape = file.open(kind).shape
+        shape = _shape(file, kind, axes)
         if len(shape) != 3 or shape[1] != layers or not shape[2]:
             raise SpecmoeError(f"{kind} has shape {shape}, expected (rows, {layers}, width)")
         width = shape[2]
-    return topology_of(options, layers=layers, experts=experts, top_k=top_k, hidden_size=width)
+    return topology_of(options, layers=layers, experts=min(experts, most), top_k=top_k, hidden_size=width)
 
 
 def _hidden_name(file: NpzFile) -> str | None:
     return next((name for name in ("hidden", "hidden_bf16") if name in file), None)
 
 
-def _fields(file: NpzFile, tokens: int, topology: Topology) -> tuple[str, ...]:
+def _fields(file: NpzFile, survey: IdSurvey, topology: Topology, axes: Axes) -> tuple[str, ...]:
     kept = [name for name in _PER_TOKEN if name in file]
     for name in kept:
-        shape, expected = file.open(name).shape, (tokens, *field_shape(name, topology))
-        if shape != expected:
+        shape, expected = _shape(file, name, axes), (survey.rows, *field_shape(name, topology))
+        if name == "gate_weights" and survey.shape is not None:
+            expected = (survey.rows, *survey.shape)  # also those of slots that are left out
+        # The logits have told the number of experts, or have a shared one's beside theirs.
+        if shape != expected and name != "router_logits":
             raise SpecmoeError(f"{name} has shape {shape}, expected {expected}")
     return fields_of([*kept, *(["hidden"] if _hidden_name(file) else [])])
 
@@ -203,14 +247,14 @@ def _texts(file: NpzFile, name: str, count: int) -> list[str]:
 
 
 def _documents(
-    path: Path, cuts: _Cuts, names: list[str], domains: list[str], groups: list[str]
+    path: Path, cuts: _Cuts, axes: Axes, names: list[str], domains: list[str], groups: list[str]
 ) -> Iterator[ImportedDocument]:
     with NpzFile(path) as file:
         with opened(path):
-            experts = file.open("experts")
-            columns = {name: file.open(name) for name in _PER_TOKEN if name in file}
+            experts = _open(file, "experts", axes)
+            columns = {name: _open(file, name, axes) for name in _PER_TOKEN if name in file}
             kind = _hidden_name(file)
-            hidden = file.open(kind) if kind else None
+            hidden = _open(file, kind, axes) if kind else None
         for number, name in enumerate(names):
             start, stop = int(cuts.rows[number]), int(cuts.rows[number + 1])
             with opened(path):
@@ -268,4 +312,5 @@ IMPORTER = Importer(
     about="an .npz of experts [N, L, K], token_ids [N] and seq_offsets [D+1], as export-trace writes it",
     read=read,
     recognises=_recognises,
+    takes_axes=True,
 )

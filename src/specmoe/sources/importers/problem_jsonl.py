@@ -67,15 +67,18 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
             if segments > _MOST_SEGMENTS:
                 raise SpecmoeError(f"{path}: its documents' rows lie mixed; sort the file by dataset and problem_id")
     layers_L = survey.layers_L(path)
-    topology = topology_of(options, layers=len(layers_L), experts=survey.experts, top_k=survey.top_k)
     warnings: list[str] = []
+    slots = survey.top_k
+    fused = survey.fused_slots(layers_L, warnings)
+    topology = topology_of(options, layers=len(layers_L), experts=survey.experts, top_k=survey.top_k)
     return ForeignTrace(
         topology=topology,
         fields=("token_ids", "phase", "expert_ids") + (("gate_weights",) if weighted else ()),
-        documents=_documents(documents, layers_L, topology.top_k, bool(weighted), warnings),
+        documents=_documents(documents, layers_L, slots, bool(weighted), warnings),
         count=len(documents),
         settings={"layers": layers_L.tolist()},
         warnings=warnings,
+        fused=fused,
     )
 
 

@@ -23,6 +23,7 @@ from specmoe.sources.importers import (
     sglang_recorder,
 )
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
+from specmoe.sources.importers.cleaning import Cleaning
 from specmoe.trace import Manifest, Source, TraceWriter
 
 __all__ = ["IMPORTERS", "import_trace", "recognise"]
@@ -124,6 +125,9 @@ def _imported(
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
         options = options or ImportOptions()
+        if options.axes is not None and not importer.takes_axes:
+            able = ", ".join(name for name, other in IMPORTERS.items() if other.takes_axes)
+            raise SpecmoeError(f"--axes is for arrays ({able}); {importer.name} says itself what its numbers are")
         try:
             foreign = importer.read(path, options)
         except SpecmoeError as error:
@@ -159,12 +163,16 @@ def _write(
         if foreign.routers is not None:
             writer.keep_routers(*foreign.routers)
         tokens = 0
+        cleaned = Cleaning(foreign.topology, foreign.fused)
         # Documents of an interrupted import are read again, so that the format is checked whole, but not written.
         for number, document in enumerate(foreign.documents, 1):
-            if document.doc_id not in writer.written:
-                digest = content_hash(document.record)
-                writer.add(document.doc_id, document.domain, digest, document.record, group=document.group)
-            tokens += len(document.record)
+            record = cleaned(document.record)
+            emptied = len(record) == 0 < len(document.record)
+            if document.doc_id not in writer.written and not emptied:
+                digest = content_hash(record)
+                writer.add(document.doc_id, document.domain, digest, record, group=document.group)
+            tokens += len(record)
             on_progress(number, foreign.count)
+        foreign.warnings.extend(cleaned.warnings())
         if tokens == 0:
-            raise SpecmoeError("there is no token in it")
+            raise SpecmoeError("; ".join(["there is no token in it", *cleaned.warnings()]))

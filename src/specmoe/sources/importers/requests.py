@@ -15,6 +15,7 @@ import torch
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers.arrays import IdSurvey, UniqueNames, id_rows, opened, token_rows
+from specmoe.sources.importers.axes import LAYERS_FIRST, arranged, axes_doubt, layers_first
 from specmoe.sources.importers.base import UNKNOWN_TOKEN, ForeignTrace, ImportedDocument, ImportOptions, topology_of
 from specmoe.trace import Phase, RoutingRecord
 from specmoe.trace.writer import fields_of
@@ -33,6 +34,7 @@ class Request:
         name: of the request. ids_TLK: expert ids of the rows that were forwarded.
         prompt: length of the prompt, None if it is not known which rows are its.
         tokens_T: token ids of the rows, -1 where unknown. skipped: rows missing at the front.
+        turned: whether the array was layers first, by its number of tokens.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Request:
     prompt: int | None
     tokens_T: np.ndarray
     skipped: int = 0
+    turned: bool = False
 
     def record(self, layers: np.ndarray) -> RoutingRecord:
         """The request as a record of the given layers."""
@@ -55,22 +58,28 @@ class Request:
 
 
 def request_of(
-    name: str, fields: Mapping[str, np.ndarray], prompt: int | None = None, generated: int | None = None
+    name: str,
+    fields: Mapping[str, np.ndarray],
+    prompt: int | None = None,
+    generated: int | None = None,
+    axes: tuple[str, ...] | None = None,
 ) -> Request:
     """Put together what an engine says of one request.
 
     Args:
         name: of the request. fields: arrays by the names of :data:`REQUEST_FIELDS`.
         prompt, generated: numbers of tokens, where they are told without the tokens.
+        axes: of the arrays of experts; None for tokens, layers, k, or layers, tokens, k where only that has the
+            number of tokens.
 
     Raises:
         SpecmoeError: the arrays contradict each other.
     """
-    ids = _ids(fields, "routed_experts")
+    ids = _ids(fields, "routed_experts", axes)
     output = fields.get("token_ids", fields.get("output_ids"))
     given, written = _tokens(fields.get("prompt_token_ids")), _tokens(output)
     if "prompt_routed_experts" in fields:
-        of_prompt = _ids(fields, "prompt_routed_experts")
+        of_prompt = _ids(fields, "prompt_routed_experts", axes)
         if of_prompt.shape[1:] != ids.shape[1:]:
             raise SpecmoeError(f"{name}: prompt_routed_experts {of_prompt.shape} does not fit {ids.shape}")
         prompt, ids = len(of_prompt), np.concatenate([of_prompt, ids])
@@ -81,11 +90,18 @@ def request_of(
     if prompt is None:
         return Request(name, ids, None, np.full(len(ids), UNKNOWN_TOKEN))
     skipped = 0
+    # The last generated token is forwarded by some versions only.
+    forwarded = (prompt,) if generated is None else (prompt + max(0, generated - 1), prompt + generated)
+    turned = axes is None and "prompt_routed_experts" not in fields and layers_first(ids.shape, forwarded)
+    ids = arranged(ids, name, LAYERS_FIRST) if turned else ids
     if generated is not None:
         if len(ids) > prompt + generated:
-            raise SpecmoeError(f"{name} has {len(ids)} rows for {prompt} prompt and {generated} generated tokens")
+            raise SpecmoeError(
+                f"{name} has {len(ids)} rows for {prompt} prompt and {generated} generated tokens, with axes read as "
+                f"tokens, layers, k = {', '.join(map(str, ids.shape))}; name others with --axes"
+            )
         skipped = max(0, prompt + max(0, generated - 1) - len(ids))
-    return Request(name, ids, prompt, _tokens_of_rows(len(ids), skipped, prompt, given, written), skipped)
+    return Request(name, ids, prompt, _tokens_of_rows(len(ids), skipped, prompt, given, written), skipped, turned)
 
 
 def _tokens_of_rows(
@@ -101,10 +117,11 @@ def _tokens_of_rows(
     return tokens
 
 
-def _ids(fields: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _ids(fields: Mapping[str, np.ndarray], name: str, axes: tuple[str, ...] | None) -> np.ndarray:
     ids = fields.get(name)
     if ids is None:
         raise SpecmoeError(f"{name} is missing")
+    ids = ids if axes is None else arranged(ids, name, axes)
     if ids.ndim != 3 or ids.dtype.kind not in "iu":
         raise SpecmoeError(f"{name} has shape {ids.shape} and dtype {ids.dtype}, expected [tokens, layers, k] of ids")
     return ids
@@ -130,16 +147,23 @@ def import_requests(path: Path, requests: Callable[[], Iterable[Request]], optio
     """
     warnings: list[str] = []
     survey = IdSurvey()
-    count = unknown = skipped = 0
+    count = unknown = skipped = turned = longest = 0
     with opened(path):
         for request in requests():
             survey.add(request.ids_TLK, request.name)
             count += 1
             unknown += request.prompt is None
             skipped += request.skipped > 0
+            turned += request.turned
+            longest = max(longest, len(request.ids_TLK))
         layers = survey.moe_layers(warnings)
         assert survey.shape is not None
-        topology = topology_of(options, layers=len(layers), experts=survey.experts, top_k=survey.shape[1])
+        fused = survey.fused_slots(warnings)
+        topology = topology_of(options, layers=len(layers), experts=survey.experts, top_k=survey.top_k)
+    if turned:
+        warnings.append(f"{turned} of {count} requests are [layers, tokens, k] by their numbers of tokens; turned")
+    if options.axes is None:
+        warnings += axes_doubt(longest, *survey.shape)
     if unknown:
         warnings.append(f"{unknown} of {count} requests do not say where the prompt ends; all of it counts as prefill")
     if skipped:
@@ -163,4 +187,5 @@ def import_requests(path: Path, requests: Callable[[], Iterable[Request]], optio
         count=count,
         settings={} if survey.shape[0] == len(layers) else {"layers": layers.tolist()},
         warnings=warnings,
+        fused=fused,
     )

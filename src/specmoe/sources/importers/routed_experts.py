@@ -23,6 +23,7 @@ from specmoe.sources.importers.torch_archive import is_torch_archive, load_torch
 __all__ = ["IMPORTER"]
 
 _SUFFIXES = (".npy", ".npz", ".pt", ".pth")
+Axes = tuple[str, ...] | None
 
 
 def read(path: Path, options: ImportOptions) -> ForeignTrace:
@@ -41,46 +42,46 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         for file in files:
             stem = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
             with opened(file):
-                yield from _requests_of(file, stem)
+                yield from _requests_of(file, stem, options.axes)
 
     return import_requests(path, requests, options)
 
 
-def _requests_of(file: Path, stem: str) -> Iterator[Request]:
+def _requests_of(file: Path, stem: str, axes: Axes) -> Iterator[Request]:
     if file.suffix.lower() == ".npy":
         array = open_npy(file, stem)
-        yield request_of(stem, {"routed_experts": array.read(0, array.shape[0])})
+        yield request_of(stem, {"routed_experts": array.read(0, array.shape[0])}, axes=axes)
     elif file.suffix.lower() == ".npz":
         with NpzFile(file) as arrays:
-            yield from _requests_of_npz(arrays, stem)
+            yield from _requests_of_npz(arrays, stem, axes)
     else:
         value = load_torch(file)
         no_more_than(file.stat().st_size, _unfolded(value), stem)
-        yield from _requests_of_value(value, stem)
+        yield from _requests_of_value(value, stem, axes)
 
 
-def _requests_of_npz(file: NpzFile, stem: str) -> Iterator[Request]:
+def _requests_of_npz(file: NpzFile, stem: str, axes: Axes) -> Iterator[Request]:
     if "routed_experts" in file:
-        yield request_of(stem, {name: file.whole(name) for name in REQUEST_FIELDS if name in file})
+        yield request_of(stem, {name: file.whole(name) for name in REQUEST_FIELDS if name in file}, axes=axes)
         return
     if not file.names:
         raise SpecmoeError("it holds no array")
     for name in file.names:
-        yield request_of(f"{stem}/{name}", {"routed_experts": file.whole(name)})
+        yield request_of(f"{stem}/{name}", {"routed_experts": file.whole(name)}, axes=axes)
 
 
-def _requests_of_value(value: Any, stem: str) -> Iterator[Request]:
+def _requests_of_value(value: Any, stem: str, axes: Axes) -> Iterator[Request]:
     if isinstance(value, Array):
-        yield request_of(stem, {"routed_experts": value.numpy()})
+        yield request_of(stem, {"routed_experts": value.numpy()}, axes=axes)
     elif isinstance(value, dict) and "routed_experts" in value:
         fields = {name: _array(value[name], name) for name in REQUEST_FIELDS if value.get(name) is not None}
-        yield request_of(stem, fields)
+        yield request_of(stem, fields, axes=axes)
     elif isinstance(value, dict | list) and value:
         named = value if isinstance(value, dict) else {f"{number:06d}": item for number, item in enumerate(value)}
         for name, item in named.items():
             if not isinstance(item, Array | dict) or (isinstance(item, Mapping) and "routed_experts" not in item):
                 raise SpecmoeError(f"{stem}/{str(name)[:40]} is neither an array of ids nor a dict with routed_experts")
-            yield from _requests_of_value(item, f"{stem}/{_label(name)}")
+            yield from _requests_of_value(item, f"{stem}/{_label(name)}", axes)
     else:
         raise SpecmoeError(f"it holds a {type(value).__name__}, expected an array [tokens, layers, k] or several")
 
@@ -118,4 +119,5 @@ IMPORTER = Importer(
     about="arrays of routed experts per request, [tokens, layers, k], as vLLM and SGLang return them",
     read=read,
     recognises=_recognises,
+    takes_axes=True,
 )

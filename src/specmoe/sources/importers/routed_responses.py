@@ -72,7 +72,8 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
                 if shape is None:
                     raise SpecmoeError("there is no token in it")
                 fields = {**fields, "routed_experts": response.flat.reshape(-1, *shape)}
-            yield request_of(response.name, fields, response.prompt, response.generated)
+            axes = options.axes if response.flat is None else None
+            yield request_of(response.name, fields, response.prompt, response.generated, axes)
 
     foreign = import_requests(path, requests, options)
     if shape is not None:
@@ -226,4 +227,5 @@ IMPORTER = Importer(
     about="JSONL of vLLM or SGLang responses with routed_experts",
     read=read,
     recognises=_recognises,
+    takes_axes=True,
 )

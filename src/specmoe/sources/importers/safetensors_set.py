@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.importers.arrays import UniqueNames, opened
+from specmoe.sources.importers.arrays import IdSurvey, UniqueNames, opened
+from specmoe.sources.importers.axes import LAYERS_FIRST, axes_doubt, layers_first, order_of
 from specmoe.sources.importers.base import (
     UNKNOWN_TOKEN,
     ForeignTrace,
@@ -53,12 +54,18 @@ _LARGEST_ID = 32766
 
 @dataclass(frozen=True)
 class _Field:
-    """Where a field lies: one stacked tensor, or one per layer in rising order, which may be a batch of one."""
+    """Where a field lies: one stacked tensor, or one per layer in rising order, which may be a batch of one.
+
+    Attributes:
+        shape: without the layers. order: where a stacked tensor's axes of tokens, layers and the rest are, None for
+            this order.
+    """
 
     keys: tuple[str, ...]
     stacked: bool
     batched: bool
-    shape: tuple[int, ...]  # without the layers
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class _File:
     layers: int
     offsets: list[int]
     unknown: tuple[str, ...]
+    turned: bool
 
 
 def read(path: Path, options: ImportOptions) -> ForeignTrace:
@@ -77,11 +85,13 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         SpecmoeError: a file is damaged, has no expert ids, or its tensors contradict each other or the other files'.
     """
     files: list[_File] = []
-    largest = -1
+    survey = IdSurvey()
+    warnings: list[str] = []
     for file in files_of(path, ".safetensors"):
         with opened(file):
-            files.append(_survey(file))
-            largest = max(largest, _largest_id(files[-1]))
+            files.append(_survey(file, options.axes))
+            if _kind(files[-1]) == _kind(files[0]):
+                _take_ids(files[-1], survey)
     first = files[0]
     with opened(path):
         for file in files[1:]:
@@ -89,19 +99,30 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
                 raise SpecmoeError(f"{file.path.name} holds other tensors or shapes than {first.path.name}")
         if not any(file.offsets[-1] for file in files):
             raise SpecmoeError("there is no token in it")
-        experts = first.fields["router_logits"].shape[1] if "router_logits" in first.fields else largest + 1
+        fused = survey.fused_slots(warnings)
+        experts = survey.experts
+        if "router_logits" in first.fields:
+            columns = first.fields["router_logits"].shape[1]
+            experts = columns if fused is None else min(columns, experts)
         width = first.fields["hidden"].shape[1] if "hidden" in first.fields else 0
-        top_k = first.fields["expert_ids"].shape[1]
-        topology = topology_of(options, layers=first.layers, experts=experts, top_k=top_k, hidden_size=width)
+        topology = topology_of(options, layers=first.layers, experts=experts, top_k=survey.top_k, hidden_size=width)
         if "router_logits" in first.fields and topology.experts != experts:
             raise SpecmoeError(f"--experts {topology.experts}, but the router's logits have {experts} columns")
+    if turned := sum(file.turned for file in files):
+        warnings.append(f"tensors of {turned} of {len(files)} files are [layers, tokens, ·] by their tokens; turned")
+    if options.axes is None and first.fields["expert_ids"].stacked:
+        warnings += axes_doubt(
+            max(file.offsets[-1] for file in files), first.layers, *first.fields["expert_ids"].shape[1:]
+        )
     unknown = sorted({name for file in files for name in file.unknown})
     return ForeignTrace(
         topology=topology,
         fields=fields_of(first.fields),
         documents=_documents(path, files),
         count=sum(len(file.offsets) - 1 for file in files),
-        warnings=[f"tensors under unknown names were left out: {', '.join(unknown)[:200]}"] if unknown else [],
+        warnings=warnings
+        + ([f"tensors under unknown names were left out: {', '.join(unknown)[:200]}"] if unknown else []),
+        fused=fused,
     )
 
 
@@ -109,7 +130,7 @@ def _kind(file: _File) -> object:
     return file.layers, {name: field.shape[1:] for name, field in file.fields.items()}
 
 
-def _survey(path: Path) -> _File:
+def _survey(path: Path, axes: tuple[str, ...] | None) -> _File:
     with safe_open(str(path), framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
         stacked, layered, unknown = _sorted_out(shapes)
@@ -119,21 +140,36 @@ def _survey(path: Path) -> _File:
                 f"it holds no expert ids ({' or '.join(NAMES['expert_ids'])}); it has {held}. The experts chosen "
                 "cannot be told from logits"
             )
-        fields = {name: _stacked(key, name, shapes[key]) for name, key in stacked.items()}
+        turned = axes is None and _turned(file, stacked, shapes)
+        chosen = LAYERS_FIRST if turned else axes
+        fields = {name: _stacked(key, name, shapes[key], chosen) for name, key in stacked.items()}
         layers: set[int] = set()
         for name, keys in layered.items():
             if name in fields:
                 raise SpecmoeError(f"it holds {name} twice: {fields[name].keys[0]} and {next(iter(keys.values()))}")
             fields[name] = _layered(name, keys, shapes)
             layers.add(len(keys))
-        layers |= {shapes[fields[name].keys[0]][1] for name in fields if name in _LAYERED_FIELDS and name in stacked}
+        layers |= {_layers(fields[name], shapes) for name in fields if name in _LAYERED_FIELDS and name in stacked}
         if len(layers) != 1 or len({tuple(keys) for keys in layered.values()}) > 1:
             raise SpecmoeError("its fields have different layers")
         tokens = {field.shape[0] for field in fields.values()}
         if len(tokens) != 1:
             raise SpecmoeError(f"its fields have different numbers of tokens: {sorted(tokens)[:5]}")
         offsets = _offsets(file, shapes, tokens.pop())
-    return _File(path, fields, layers.pop(), offsets, tuple(unknown))
+    return _File(path, fields, layers.pop(), offsets, tuple(unknown), turned)
+
+
+def _turned(file: Any, stacked: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the ids' tensor is [layers, tokens, k] by the number of tokens that another tensor tells."""
+    told = next((shapes[stacked[name]] for name in ("token_ids", "phase") if name in stacked), ())
+    if len(told) != 1 and len(shapes.get("seq_offsets", ())) == 1 and 0 not in shapes["seq_offsets"]:
+        last = file.get_tensor("seq_offsets")[-1]
+        told = () if last.is_floating_point() else (int(last),)
+    return len(told) == 1 and "expert_ids" in stacked and layers_first(shapes[stacked["expert_ids"]], told)
+
+
+def _layers(field: _Field, shapes: dict[str, tuple[int, ...]]) -> int:
+    return shapes[field.keys[0]][1 if field.order is None else field.order[1]]
 
 
 _LAYERED_FIELDS = {"expert_ids", "gate_weights", "router_logits", "hidden"}
@@ -172,8 +208,13 @@ def _meaning(key: str) -> tuple[str | None, int | None]:
     return (_OURS[max(endings, key=len)] if endings else None), layer
 
 
-def _stacked(key: str, name: str, shape: tuple[int, ...]) -> _Field:
+def _stacked(key: str, name: str, shape: tuple[int, ...], axes: tuple[str, ...] | None) -> _Field:
     dimensions = 3 if name in _LAYERED_FIELDS else 1
+    if dimensions == 3 and axes is not None:
+        order = order_of(shape, key, axes)
+        if 0 in (shape[order[1]], shape[order[2]]):
+            raise SpecmoeError(f"{key} has shape {shape}: no layer, or nothing per token")
+        return _Field((key,), True, False, (shape[order[0]], shape[order[2]]), order)
     if len(shape) != dimensions or 0 in shape[1:]:
         expected = "[tokens, layers, ·]" if dimensions == 3 else "[tokens]"
         raise SpecmoeError(f"{key} has shape {shape}, expected {expected}")
@@ -204,18 +245,24 @@ def _offsets(file: Any, shapes: dict[str, tuple[int, ...]], tokens: int) -> list
     return numbers
 
 
-def _largest_id(file: _File) -> int:
-    largest = -1
+def _take_ids(file: _File, survey: IdSurvey) -> None:
     field = file.fields["expert_ids"]
     with safe_open(str(file.path), framework="pt") as tensors:
         for start in range(0, field.shape[0], _BLOCK_ROWS):
             ids = _rows(tensors, field, start, min(start + _BLOCK_ROWS, field.shape[0]))
-            largest = max(largest, int(_ids(ids, field.keys[0]).max()))
-    return largest
+            survey.add(_ids(ids, field.keys[0]).numpy(), field.keys[0])
 
 
 def _rows(tensors: Any, field: _Field, start: int, stop: int) -> Tensor:
     """[T], [T, L, ·]: the rows of one field."""
+    if field.order is not None:
+        part = tensors.get_slice(field.keys[0])
+        where = tuple(
+            slice(start, stop) if axis == field.order[0] else slice(None) for axis in range(len(part.get_shape()))
+        )
+        rows = part[where]
+        batch = [axis for axis in range(rows.dim()) if axis not in field.order]
+        return rows.permute(*field.order, *batch).reshape([rows.shape[axis] for axis in field.order])
     if field.stacked:
         return tensors.get_slice(field.keys[0])[start:stop]
     parts = [tensors.get_slice(key) for key in field.keys]
@@ -284,4 +331,5 @@ IMPORTER = Importer(
     about="safetensors of expert ids with gate weights, router logits and hidden states under common names",
     read=read,
     recognises=_recognises,
+    takes_axes=True,
 )

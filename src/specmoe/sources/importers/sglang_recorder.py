@@ -68,7 +68,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     files = files_of(path, ".pt")
     warnings: list[str] = []
     survey = IdSurvey()
-    experts = dropped = 0
+    experts = physical = dropped = 0
     slots: np.ndarray = np.zeros(0, bool)
     distinct: dict[bytes, Path] = {}
     remapped = False
@@ -86,12 +86,18 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
                 survey.add(_logical(dump, ids_LNK).transpose(1, 0, 2), "topk_ids_of_layer")
             if dump.logical_LP is not None:
                 experts = max(experts, int(dump.logical_LP.max()) + 1)
+                physical = max(physical, dump.logical_LP.shape[1])
                 remapped |= bool((dump.logical_LP != np.arange(dump.logical_LP.shape[1])).any())
     with opened(path):
         layers = survey.moe_layers(warnings)
         if not slots.any():
             raise SpecmoeError("no token has an expert")
         chosen = np.flatnonzero(slots)
+        fused = survey.fused_slots(warnings)
+        if fused is not None:
+            chosen = np.setdiff1d(chosen, fused.slots)
+        if physical > 0 and survey.experts > experts:
+            raise SpecmoeError(f"topk_ids_of_layer holds an id beyond the {physical} physical experts")
         topology = topology_of(
             options, layers=len(layers), experts=max(experts, survey.experts), top_k=len(chosen), hidden_size=0
         )
@@ -194,16 +200,23 @@ def _numbers(record: dict[Any, Any], name: str, largest: int) -> np.ndarray:
 
 
 def _logical(dump: _Dump, ids_LNK: np.ndarray) -> np.ndarray:
-    """Ids of logical experts."""
+    """Ids of logical experts. A shared expert fused into the top-k is in no map; its id stays above all others."""
     table = dump.logical_LP
     if table is None:
         return ids_LNK
     if len(table) != len(ids_LNK):
         raise SpecmoeError(f"the map of experts has {len(table)} layers, the records {len(ids_LNK)}")
-    if int(ids_LNK.max(initial=-1)) >= table.shape[1] or int(ids_LNK.min(initial=0)) < -1:
-        raise SpecmoeError(f"topk_ids_of_layer holds an id beyond the {table.shape[1]} physical experts")
+    physical = table.shape[1]
+    if int(ids_LNK.min(initial=0)) < -1:
+        raise SpecmoeError(f"topk_ids_of_layer holds an id beyond the {physical} physical experts")
     layer = np.arange(len(table))[:, None, None]
-    return np.where(ids_LNK >= 0, table[layer, ids_LNK], -1)
+    logical = np.where(ids_LNK >= 0, table[layer, np.minimum(ids_LNK, physical - 1)], -1)
+    beyond = ids_LNK >= physical
+    return (
+        np.where(beyond, ids_LNK.astype(np.int64) - physical + int(table.max()) + 1, logical)
+        if beyond.any()
+        else logical
+    )
 
 
 def _documents(
