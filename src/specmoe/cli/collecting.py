@@ -83,6 +83,10 @@ def import_(
     ] = None,
     model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
     experts: Annotated[int | None, typer.Option(min=1, help="Experts in a layer, where the file does not say.")] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Keep together in a split what has the same FIELD: one of a request, or file or folder."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
@@ -90,7 +94,7 @@ def import_(
     from specmoe.sources.importers import ImportOptions, import_trace
     from specmoe.trace import Trace
 
-    options = ImportOptions(model_id=model_id, experts=experts)
+    options = ImportOptions(model_id=model_id, experts=experts, group_by=group_by)
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
     for warning in warnings:

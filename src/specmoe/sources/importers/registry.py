@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -59,13 +60,23 @@ def recognise(path: Path) -> Importer:
     try:
         if not path.is_dir():
             with path.open("rb") as stream:
-                head = stream.read(_HEAD_BYTES)
+                head = _unpacked(stream.read(_HEAD_BYTES))
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
     for importer in IMPORTERS.values():
         if importer.recognises(path, head):
             return importer
     raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
+
+
+def _unpacked(head: bytes) -> bytes:
+    """The first bytes of what is in a gzip file; other files' as they are."""
+    if not head.startswith(b"\x1f\x8b"):
+        return head
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD_BYTES)
+    except zlib.error:
+        return head
 
 
 def import_trace(
@@ -97,6 +108,9 @@ def import_trace(
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
         options = options or ImportOptions()
+        if options.group_by is not None and not importer.group_by:
+            able = ", ".join(other.name for other in IMPORTERS.values() if other.group_by)
+            raise SpecmoeError(f"--group-by is not possible for {importer.name}; it is for {able}")
         try:
             foreign = importer.read(path, options)
         except SpecmoeError as error:
@@ -119,6 +133,7 @@ def _manifest(foreign: ForeignTrace, importer: Importer, path: Path, options: Im
         "experts_from": ("user" if options.experts is not None else "file") if known else "ids",
         "file": path.name,
         "file_sha256": fingerprint(path),
+        **({} if options.group_by is None else {"group_by": options.group_by}),
         **foreign.settings,
     }
     source = Source(kind=importer.name, tokenizer=foreign.tokenizer, settings=settings)
