@@ -4,11 +4,11 @@ Two requests belong together where the prompt of one stands, whole, at the begin
 prompt, the turns of a conversation that grows, the calls of an agent that resends all it has. A text that requests only
 share the beginning of, such as a system prompt, binds none of them.
 
-Beginnings that say little are the exception. A prompt of fewer than 16 tokens binds only what is an equal prompt, or
-goes on with the answer to it. And a prompt may begin nearly everything: a system prompt sent on its own to warm a
-cache, or the mark of a beginning and no more. So where a prompt (with its answer) has fewer than 4 tokens, or others
-begin with it but go on otherwise, it binds nothing if what it begins would else be three families or more, and
-more than half of all.
+Beginnings that say little are the exception. A prompt of fewer than 16 tokens binds only equal prompts and what goes
+on with all of its request, the answer included. And a prompt may begin nearly everything: a system prompt sent on its
+own to warm a cache, or the mark of a beginning and no more. So where a prompt (with its answer) has fewer than 4
+tokens, or others begin with it but do not go on with an answer to it, it binds nothing if what it begins would else be
+three families or more, and more than half of all.
 
 Texts are compared by token ids. Where a prompt's ids are unknown, equal routing in all layers stands in for an equal
 token, from the first token on: routing follows from the text so far. Chance must be out of the question then: what the
@@ -219,7 +219,8 @@ def _unite(families: _Families, texts: list[_Text], chance: _Chance | None) -> N
                 if tokens[place] >= _FEWEST:
                     families.unite(same)
                 if judge:
-                    some = {families.of(index) for index in (found if tokens[place] >= _SHORT else same)}
+                    said = found if tokens[place] >= _SHORT or wholes[place] else same
+                    some = {families.of(index) for index in said}
                     if len(some) < 3 or 2 * len(some) <= total:
                         families.unite(some)
                 found = {families.of(index) for index in found}

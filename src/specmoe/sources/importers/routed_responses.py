@@ -55,11 +55,12 @@ class _Response:
         return experts if experts.ndim == 1 else None
 
     @property
-    def forwarded(self) -> int:
-        """Tokens that the engine forwarded."""
-        if self.prompt is None or self.generated is None:
-            raise SpecmoeError(f"{self.name} does not say how many tokens it has, and its routed_experts has no shape")
-        return self.prompt + max(0, self.generated - 1)
+    def forwarded(self) -> int | None:
+        """Tokens that the engine forwarded, None if it does not say."""
+        lengths = {name: len(array) for name, array in self.fields.items()}
+        prompt = lengths.get("prompt_token_ids", self.prompt)
+        generated = lengths.get("token_ids", lengths.get("output_ids", self.generated))
+        return None if prompt is None or generated is None else prompt + max(0, generated - 1)
 
 
 @dataclass
@@ -272,7 +273,10 @@ def _numbers_per_token(responses: Iterator[_Response]) -> tuple[int | None, int]
     for response in responses:
         if response.flat is not None and len(response.flat):
             sizes.append(len(response.flat))
-            per_token = max(per_token, Fraction(len(response.flat), max(1, response.forwarded)))
+            if response.forwarded is not None:
+                per_token = max(per_token, Fraction(len(response.flat), max(1, response.forwarded)))
+    if sizes and not per_token:
+        raise SpecmoeError("no response says how many tokens it has, and their routed_experts have no shape")
     # Whoever lacks rows at the front has fewer numbers per token than are due, so the most is the truth.
     width = int(per_token)
     if width != per_token or any(size % width for size in sizes):
