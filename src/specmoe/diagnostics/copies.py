@@ -17,7 +17,6 @@ _LEAST_SHARE = 0.5
 _MOST_LAYER_TOKENS = 1 << 21
 _LEAST_RUNS = 32
 _LEAST_DOCUMENT_RUNS = 4
-_FEWEST_SHARED = 8
 # A match by chance must be less likely than 2 to the minus this.
 _CHANCE_BITS = 64
 
@@ -176,7 +175,7 @@ def _shared_text(scan: Scan, trained_D: np.ndarray) -> np.ndarray:
 def _shared_beginning(scan: Scan, trained_D: np.ndarray) -> np.ndarray:
     """Share of every document's tokens with which a trained document begins too, [D]; 0 for fewer than eight."""
     hash_N, document_N, length_N = scan.prefixes.columns()
-    found_N = np.isin(hash_N, np.unique(hash_N[trained_D[document_N]])) & (length_N >= _FEWEST_SHARED)
+    found_N = np.isin(hash_N, np.unique(hash_N[trained_D[document_N]]))
     length_D = np.zeros(len(trained_D), np.int64)
     np.maximum.at(length_D, document_N[found_N], length_N[found_N])
     return length_D / np.maximum(scan.documents.tokens, 1)

@@ -116,7 +116,7 @@ class Scan:
         self._first_cell = (np.arange(layers) * (experts + 1))[:, None]
         step = sampling_step(trace.tokens)
         self.text, self.routing = Shingles(step), Shingles(step)
-        self.prefixes = Prefixes()
+        self.prefixes = Prefixes(len(trace))
         draw = np.random.default_rng(0)
         self._label = draw.integers(1 << 63, size=layers * (experts + 1), dtype=np.int64).view(np.uint64)
 
