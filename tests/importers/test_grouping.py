@@ -187,6 +187,14 @@ def test_missing_rows_do_not_hide_a_prompt_that_is_known(tmp_path: Path) -> None
     assert sets_of(groups_of(jsonl(tmp_path, *lines), tmp_path / "trace")) == [[0, 1], [2]]
 
 
+def test_answers_to_prompts_that_are_missing_are_no_prompts(tmp_path: Path) -> None:
+    answer = list(range(20))
+    lines = [response(name, 30, [answer], seed) for name, seed in (("a", 0), ("b", 1), ("c", 2))]
+    for line, seed in zip(lines, range(3), strict=True):
+        line["choices"][0]["routed_experts"] = npy_text(ids_of(49, seed)[30:])
+    assert groups_of(jsonl(tmp_path, *lines), tmp_path / "trace") == ["", "", ""]
+
+
 def test_grouping_by_a_field(tmp_path: Path) -> None:
     lines = [response(str(n), text(1), [[5]], 0, user=f"u{n % 2}", metadata={"session": n // 2}) for n in range(4)]
     path = jsonl(tmp_path, *lines)
