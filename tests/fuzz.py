@@ -7,6 +7,7 @@ limited, so that a crash of a library is noticed too: the report then ends with 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -132,6 +133,7 @@ _SAMPLES: dict[str, Callable[[Path], Path]] = {
 }
 TARGETS: dict[str, Target] = {
     **{name: Target(build, _import_as(name)) for name, build in _SAMPLES.items() if name in IMPORTERS},
+    **{f"{name}-{form}": Target(build, _import_as(name)) for (name, form), build in array_samples.FORMS.items()},
     "trace": Target(_trace, _read_trace),
     "checkpoint": Target(_checkpoint, lambda path, _: load_checkpoint(path)),
     "results": Target(_results, lambda path, _: Results.load(path)),
@@ -213,6 +215,8 @@ def damaged_within(name: str, content: bytes, dice: random.Random) -> bytes:
     """Damage behind the checksums of an archive, or in the header of a safetensors file."""
     if content.startswith(b"PK\x03\x04"):
         return _damaged_archive(content, dice)
+    if content.startswith(b"\x1f\x8b"):
+        return gzip.compress(damaged(gzip.decompress(content), dice), mtime=0)
     if name.endswith(".safetensors") and len(content) > 8:
         length = int.from_bytes(content[:8], "little")
         header = damaged(content[8 : 8 + length], dice)

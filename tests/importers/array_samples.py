@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -118,6 +119,62 @@ def responses(folder: Path) -> Path:
     return jsonl(folder, sglang_response("a", 60, 9, 0), sglang_response("b", 20, 1, 1, skipped=4))
 
 
+def chunks_of(response: dict[str, Any], *, bearer: int = 0) -> list[dict[str, Any]]:
+    """A completion as its stream brings it: a token at a time, the experts on chunk ``bearer``, usage at the end."""
+    chunks: list[dict[str, Any]] = []
+    for choice in response["choices"]:
+        for number, token in enumerate(choice["token_ids"]):
+            last = number == len(choice["token_ids"]) - 1
+            part = {"index": choice["index"], "token_ids": [token], "finish_reason": "stop" if last else None}
+            part["routed_experts"] = choice["routed_experts"] if number == bearer else None
+            chunk: dict[str, Any] = {
+                "id": response["id"],
+                "object": "text_completion",
+                "choices": [part],
+                "usage": None,
+            }
+            chunks.append(chunk if number else {**chunk, "prompt_token_ids": response["prompt_token_ids"]})
+    return [*chunks, {"id": response["id"], "choices": [], "usage": response["usage"]}]
+
+
+def events(*values: Any) -> str:
+    """A stream as a client logs it."""
+    return "".join(f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n" for value in values)
+
+
+def stream(folder: Path) -> Path:
+    path = folder / "responses.sse"
+    first, second = chunks_of(vllm_response("a", 6, 3, 0)), chunks_of(vllm_response("b", 4, 4, 1), bearer=3)
+    path.write_text(": hello\n" + events(*first, "[DONE]", *second, "[DONE]"))
+    return path
+
+
+def batch(folder: Path) -> Path:
+    path = folder / "output.jsonl"
+    lines = [
+        {"id": "b1", "custom_id": "one", "response": {"status_code": 200, "body": vllm_response("a", 5, 3, 0)}},
+        {"id": "b2", "custom_id": "two", "response": {"status_code": 500, "body": {"message": "out of memory"}}},
+        {"id": "b3", "custom_id": "three", "response": None, "error": {"code": "expired", "message": "too late"}},
+        {"id": "b4", "custom_id": "four", "response": {"status_code": 200, "body": vllm_response("b", 3, 2, 1)}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def indented(folder: Path) -> Path:
+    path = folder / "responses.json"
+    path.write_text(json.dumps([vllm_response("a", 5, 3, 0), vllm_response("b", 3, 2, 1)], indent=2))
+    return path
+
+
+def packed(folder: Path) -> Path:
+    plain = responses(folder)
+    path = plain.with_suffix(".jsonl.gz")
+    path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+    plain.unlink()
+    return path
+
+
 def pass_record(number: int, mode: int, parts: list[tuple[int, int, int]], seed: int = 0) -> dict[str, Any]:
     """One record of the recorder: parts are (request, first position, tokens); token ids tell request and position."""
     positions = [position for _, first, count in parts for position in range(first, first + count)]
@@ -216,6 +273,13 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "sglang-recorder": recorder,
     "flame-moe": flame,
     "safetensors": safetensors_set,
+}
+# Other forms that an importer reads, by its name and theirs.
+FORMS: dict[tuple[str, str], Callable[[Path], Path]] = {
+    ("routed-responses", "stream"): stream,
+    ("routed-responses", "batch"): batch,
+    ("routed-responses", "indented"): indented,
+    ("routed-responses", "gzip"): packed,
 }
 
 

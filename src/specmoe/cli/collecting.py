@@ -92,6 +92,10 @@ def import_(
         str | None,
         typer.Option(help="Axes of arrays of experts, in order, such as layers,tokens,k; default: tokens,layers,k."),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Keep together in a split what has the same FIELD: one of a request, or file or folder."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
@@ -100,7 +104,9 @@ def import_(
     from specmoe.sources.importers.axes import axes_of
     from specmoe.trace import Trace
 
-    options = ImportOptions(model_id=model_id, experts=experts, axes=None if axes is None else axes_of(axes))
+    options = ImportOptions(
+        model_id=model_id, experts=experts, axes=None if axes is None else axes_of(axes), group_by=group_by
+    )
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
     for warning in warnings:

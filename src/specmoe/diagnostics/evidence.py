@@ -69,7 +69,7 @@ def gather(trace: Trace, on_progress: Callable[[int, int], None] = lambda _done,
         no_split = str(error)
     sample = sample_routing(trace)
     hidden = sample_hidden(trace)
-    found = leak(scan, split.parts["train"], _judged(split)) if split is not None else None
+    found = leak(scan, sample, split.parts["train"], _judged(split)) if split is not None else None
     return Evidence(
         trace=trace,
         scan=scan,

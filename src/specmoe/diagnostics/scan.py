@@ -11,7 +11,7 @@ import numpy as np
 from specmoe.diagnostics.blocks import Block, blocks
 from specmoe.diagnostics.gate_sums import GateSums
 from specmoe.diagnostics.runs import AlikeRuns
-from specmoe.diagnostics.shingles import Shingles, mix, rolling, sampling_step
+from specmoe.diagnostics.shingles import Prefixes, Shingles, mix, rolling, sampling_step
 from specmoe.trace import Phase, RoutingRecord, Trace
 
 __all__ = ["ROUTING_RUN", "TEXT_RUN", "DocumentScan", "Scan", "scan_trace"]
@@ -92,7 +92,8 @@ class Scan:
             neighbouring ids share a group, which can only lower the information.
         gates: sums of the gate weights, None if they are not kept. alike: runs of tokens that are routed alike.
         text, routing: shingles over :data:`TEXT_RUN` and :data:`ROUTING_RUN` tokens; the routing's second hash is
-            that of the same tokens' ids.
+            that of the same tokens' ids, 0 where one of them is unknown.
+        prefixes: of every document, hashes of the known token ids that it begins with, at some lengths.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -119,6 +120,7 @@ class Scan:
         self._first_cell = (np.arange(layers) * (experts + 1))[:, None]
         step = sampling_step(trace.tokens)
         self.text, self.routing = Shingles(step), Shingles(step)
+        self.prefixes = Prefixes(len(trace))
         draw = np.random.default_rng(0)
         self._label = draw.integers(1 << 63, size=layers * (experts + 1), dtype=np.int64).view(np.uint64)
 
@@ -230,11 +232,18 @@ class Scan:
             # A run lies within one document, and text within what is known of it.
             whole_N = block.document_T[: len(hash_N)] == block.document_T[size - 1 :]
             if shingles is self.text:
-                unknown_T = np.concatenate([[0], np.cumsum(~known_T)])
-                whole_N &= (unknown_T[size:] - unknown_T[: len(hash_N)]) == 0
+                whole_N &= _sums(~known_T, size) == 0
             first = np.flatnonzero(whole_N)
             other_N = rolling(token_T, size)[first]
+            if shingles is self.routing:
+                other_N[_sums(~known_T, size)[first] > 0] = 0
             shingles.add(hash_N[first], block.document_T[first], block.position_T[first], other_N)
+
+
+def _sums(flag_T: np.ndarray, size: int) -> np.ndarray:
+    """How many of every run of ``size`` are set, [T - size + 1]; empty if there are fewer."""
+    total_T = np.concatenate([[0], np.cumsum(flag_T)])
+    return total_T[size:] - total_T[:-size]
 
 
 def _top_slot(ids_KLT: np.ndarray, gates_KLT: np.ndarray | None) -> np.ndarray:
@@ -259,7 +268,12 @@ def scan_trace(trace: Trace, on_progress: Callable[[int, int], None] = lambda _d
         SpecmoeError: a document is damaged.
     """
     scan = Scan(trace)
-    for block in blocks(trace, scan.documents.take):
+
+    def document(index: int, record: RoutingRecord) -> None:
+        scan.documents.take(index, record)
+        scan.prefixes.add(index, record.token_ids.numpy())
+
+    for block in blocks(trace, document):
         scan.take(block)
         on_progress(scan.tokens, trace.tokens)
     scan.alike.close()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Shingles", "mix", "pairs_of_copies", "rolling", "sampling_step"]
+__all__ = ["Prefixes", "Shingles", "mix", "pairs_of_copies", "rolling", "sampling_step"]
 
 _MOST_KEPT = 1 << 20
+_MOST_FINE = 1 << 15  # documents
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers can be divided out again
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 
@@ -83,6 +84,37 @@ class Shingles:
         hash_N, document_N, position_N, other_N = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         self._parts = [(hash_N, document_N, position_N, other_N)]
         return hash_N, document_N, position_N, other_N
+
+
+class Prefixes:
+    """Hashes of what documents begin with, at lengths from 8 tokens on that rise by a twelfth, or else by a quarter.
+
+    They rise by a quarter beyond 128 tokens and, to save memory, in a trace of many documents.
+    """
+
+    def __init__(self, documents: int) -> None:
+        fine = 8 * 1.08 ** np.arange(37 if documents <= _MOST_FINE else 1)
+        coarse = fine[-1] * 1.25 ** np.arange(1, 80)
+        self._length_N = np.unique(np.concatenate([fine, coarse]).astype(np.int64))
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, document: int, token_ids_T: np.ndarray) -> None:
+        """Keep the beginnings of a document, as far as its ids are known (not below 0)."""
+        unknown = np.flatnonzero(token_ids_T < 0)
+        known_T = token_ids_T[: unknown[0]] if len(unknown) else token_ids_T
+        length_N = self._length_N[: np.searchsorted(self._length_N, len(known_T), "right")]
+        if len(length_N):
+            total_T = np.cumsum(mix(known_T) * _powers(_BASE, len(known_T)), dtype=np.uint64)
+            hash_N = mix(total_T[length_N - 1] + length_N.astype(np.uint64))
+            self._parts.append((hash_N, np.full(len(length_N), document, np.int32), length_N))
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hashes, documents and lengths of all beginnings."""
+        if not self._parts:
+            return np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int64)
+        hash_N, document_N, length_N = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        self._parts = [(hash_N, document_N, length_N)]
+        return hash_N, document_N, length_N
 
 
 def pairs_of_copies(

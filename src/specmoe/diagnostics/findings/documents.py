@@ -73,18 +73,20 @@ def split_leak(evidence: Evidence) -> Finding | None:
     if found.mostly == 0:
         message = (
             f"{counted(found.partly, 'document')} of {found.judged:,} outside the train part share a passage of 50 "
-            "tokens or more with it, less than half of each, as a common header or system prompt would be"
+            "tokens or more with it, at most half of each, as a common header or system prompt would be"
         )
         return Finding(code="split-leak", severity="note", message=message)
     share = found.mostly / found.judged
     assert found.example is not None
     example = f"such as {evidence.trace.documents[found.example].doc_id!r}"
+    if found.routed:
+        example += f"; {found.routed:,} by their routing, as their token ids are unknown"
     if found.partly:
         example += f"; {found.partly:,} more share a passage of at least 50 tokens, as a system prompt would be"
     message = (
-        f"{found.mostly:,} of {found.judged:,} documents outside the train part ({share:.1%}) share at least half of "
-        f"their text with it ({example}), so scores on them flatter whatever remembers text: give "
-        "copies and the turns of one chat one group, or drop them"
+        f"{found.mostly:,} of {found.judged:,} documents outside the train part ({share:.1%}) share more than half of "
+        f"their tokens with it, {found.share:.0%} on average ({example}), so scores on them flatter whatever remembers "
+        "text: give copies, samples of one prompt and the turns of one chat one group, or drop them"
     )
     return Finding(code="split-leak", severity="error" if share > _LEAK_ERROR else "warning", message=message)
 

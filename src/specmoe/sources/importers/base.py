@@ -45,11 +45,13 @@ class ImportOptions:
         experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
         axes: names of the axes of arrays of experts, in order; see :mod:`specmoe.sources.importers.axes`. None to take
             them for tokens, layers, k, unless the number of tokens says otherwise.
+        group_by: what documents are grouped by, a field or ``file`` or ``folder``; None to let the importer tell.
     """
 
     model_id: str = "unknown"
     experts: int | None = None
     axes: tuple[str, ...] | None = None
+    group_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ class Importer:
         name: as ``--format`` takes it. about: one line: whose format it is and what it holds.
         read: opens a file or folder; raises :class:`SpecmoeError` if it is not of this format or damaged.
         recognises: whether a file or folder looks like this format, from its name and its first 64 KiB (empty for a
-            folder). Cheap, and never an error.
+            folder, unpacked if the file is gzip). Cheap, and never an error.
         takes_axes: whether it heeds :attr:`ImportOptions.axes`.
+        group_by: what ``--group-by`` may name here, in words; empty where nothing can be named.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Importer:
     read: Callable[[Path, ImportOptions], ForeignTrace]
     recognises: Callable[[Path, bytes], bool]
     takes_axes: bool = False
+    group_by: str = ""
 
 
 def topology_of(
@@ -164,10 +168,13 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
 
 
 def content_hash(record: RoutingRecord) -> str:
-    """Stands in for the hash of a document's text: equal tokens are equal texts, else equal routing is."""
-    known = bool((record.token_ids != UNKNOWN_TOKEN).any())
-    tensor = record.token_ids if known else record.expert_ids
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    """Stands in for the hash of a document's text: equal tokens are equal texts, where unknown equal routing is."""
+    unknown_T = record.token_ids == UNKNOWN_TOKEN
+    if unknown_T.all():
+        return hashlib.sha256(record.expert_ids.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(record.token_ids.numpy().tobytes())
+    digest.update(record.expert_ids[unknown_T].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> str:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.importers._rows import Entries, Survey, document_name
+from specmoe.sources.importers._rows import Entries, Placed, Survey, document_name
 from specmoe.sources.importers._text import Lines, bad_line, blocks, head_of, integers, objects, parsed
 from specmoe.sources.importers.base import (
+    UNKNOWN_TOKEN,
     ForeignTrace,
     ImportedDocument,
     Importer,
@@ -27,6 +28,7 @@ from specmoe.sources.importers.base import (
     files_of,
     topology_of,
 )
+from specmoe.sources.importers.grouping import Grouping, place_of, routing_words
 from specmoe.trace import Phase, RoutingRecord
 
 __all__ = ["IMPORTER"]
@@ -55,6 +57,7 @@ class _Contents:
     layers: set[int] = field(default_factory=set)
     records: int = 0
     drafts: int = 0
+    generated: bool = False
     shapes: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in _SIDECARS})
 
 
@@ -89,10 +92,14 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     if widths["router_logits"] and topology.experts != widths["router_logits"]:
         raise SpecmoeError(f"{path} holds logits of {widths['router_logits']} experts, not of {topology.experts}")
     kept = {name: width for name, width in widths.items() if width}
+    grouping = Grouping(options.group_by)
+    # Micro-batches of a training run answer and continue nothing.
+    if contents.generated or options.group_by is not None:
+        _group(grouping, path, files, layers_L, topology.top_k)
     return ForeignTrace(
         topology=topology,
         fields=("token_ids", "phase", "expert_ids", *kept),
-        documents=_documents(path, files, layers_L, slots, kept, warnings),
+        documents=_documents(path, files, layers_L, slots, kept, iter(grouping.groups(warnings)), warnings),
         settings={"layers": layers_L.tolist(), "ranks": len(files)},
         warnings=warnings,
         fused=fused,
@@ -103,6 +110,7 @@ def _survey(file: Path, contents: _Contents) -> None:
     layers: set[int] = set()
     for record in _records(file, contents):
         contents.records += 1
+        contents.generated |= record.tokens == 1
         contents.survey.add(record.entries)
         layers.add(record.layer)
         for name, (prefix, _) in _SIDECARS.items():
@@ -192,8 +200,28 @@ def _passes(file: Path, layers: set[int], lost: list[int]) -> Iterator[tuple[str
     lost[0] += len(pending)
 
 
+def _group(grouping: Grouping, path: Path, files: list[Path], layers_L: np.ndarray, top_k: int) -> None:
+    """Take all documents in by their routing, as no token is known."""
+    for file in files:
+        words: list[np.ndarray] = []
+        facts = place_of(path, file)
+        for _, records in chain(_passes(file, set(layers_L.tolist()), [0]), [("", [])]):
+            if words and (not records or records[0].tokens > 1):
+                words_T = np.concatenate(words)
+                grouping.add(np.full(len(words_T), UNKNOWN_TOKEN), words_T, len(words[0]), facts=facts)
+                words = []
+            if records:
+                words.append(routing_words(_placed(records, layers_L, top_k).ids_TLK))
+
+
 def _documents(
-    path: Path, files: list[Path], layers_L: np.ndarray, top_k: int, kept: dict[str, int], warnings: list[str]
+    path: Path,
+    files: list[Path],
+    layers_L: np.ndarray,
+    top_k: int,
+    kept: dict[str, int],
+    groups: Iterator[str],
+    warnings: list[str],
 ) -> Iterator[ImportedDocument]:
     lost = [0]
     for file in files:
@@ -201,20 +229,24 @@ def _documents(
         for step, records in _passes(file, set(layers_L.tolist()), lost):
             part = _routing(records, layers_L, top_k, kept, generated=bool(parts) and records[0].tokens == 1)
             if parts and records[0].tokens > 1:
-                yield ImportedDocument(name, _joined(parts))
+                yield ImportedDocument(name, _joined(parts), group=next(groups, ""))
                 parts = []
             name = name if parts else f"{document_name(path, file)}:{step}"
             parts.append(part)
         if parts:
-            yield ImportedDocument(name, _joined(parts))
+            yield ImportedDocument(name, _joined(parts), group=next(groups, ""))
     if lost[0]:
         warnings.append(f"{lost[0]:,} passes lack a layer, or its layers have different numbers of tokens; left out")
+
+
+def _placed(records: list[_Layer], layers_L: np.ndarray, top_k: int) -> Placed:
+    return Entries.joined([record.entries for record in records]).place(layers_L, top_k)
 
 
 def _routing(
     records: list[_Layer], layers_L: np.ndarray, top_k: int, kept: dict[str, int], *, generated: bool
 ) -> RoutingRecord:
-    placed = Entries.joined([record.entries for record in records]).place(layers_L, top_k)
+    placed = _placed(records, layers_L, top_k)
     phase = Phase.DECODE if generated else Phase.PREFILL
     routing = placed.record(np.full(len(placed.token_T), phase))
     vectors = {
@@ -258,4 +290,5 @@ IMPORTER = Importer(
     about="Megatron-LM's router trace: experts of whole batches, perhaps logits and hidden states",
     read=read,
     recognises=_recognises,
+    group_by="file; folder",
 )

@@ -24,11 +24,14 @@ from specmoe.sources.importers.base import (
     files_of,
     topology_of,
 )
+from specmoe.sources.importers.grouping import Grouping, facts_of, place_of
 from specmoe.trace import Phase
 
 __all__ = ["IMPORTER"]
 
 _MOST_SEGMENTS = 1_000_000
+# Fields that differ within a document, and so say nothing of it.
+_OF_A_TOKEN = {"layer", "token_idx", "experts", "gating_probs"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class _Segment:
 @dataclass
 class _Document:
     domain: str
+    facts: dict[str, str]
     segments: list[_Segment] = field(default_factory=list)
 
 
@@ -63,7 +67,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
             rows = objects(lines)
             weighted = _has_weights(lines, rows, weighted)
             survey.add(_entries(lines, rows, weighted))
-            segments += _index(lines, rows, documents, document_name(path, file))
+            segments += _index(lines, rows, documents, document_name(path, file), place_of(path, file))
             if segments > _MOST_SEGMENTS:
                 raise SpecmoeError(f"{path}: its documents' rows lie mixed; sort the file by dataset and problem_id")
     layers_L = survey.layers_L(path)
@@ -71,10 +75,14 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     slots = survey.top_k
     fused = survey.fused_slots(layers_L, warnings)
     topology = topology_of(options, layers=len(layers_L), experts=survey.experts, top_k=survey.top_k)
+    grouping = Grouping(options.group_by)
+    for document in documents.values():
+        grouping.add(np.zeros(0, np.int64), None, None, facts=document.facts)
+    groups = dict(zip(documents, grouping.groups(warnings), strict=True))
     return ForeignTrace(
         topology=topology,
         fields=("token_ids", "phase", "expert_ids") + (("gate_weights",) if weighted else ()),
-        documents=_documents(documents, layers_L, slots, bool(weighted), warnings),
+        documents=_documents(documents, groups, layers_L, slots, bool(weighted), warnings),
         count=len(documents),
         settings={"layers": layers_L.tolist()},
         warnings=warnings,
@@ -112,15 +120,20 @@ def _entries(lines: Lines, rows: list[dict[str, Any]], weighted: bool | None) ->
     return Entries.from_rows(lines.path, token_R, layer_R, count_R, expert_N, weights, lines.number_N)
 
 
-def _index(lines: Lines, rows: list[dict[str, Any]], documents: dict[str, _Document], name: str) -> int:
+def _index(
+    lines: Lines, rows: list[dict[str, Any]], documents: dict[str, _Document], name: str, place: dict[str, str]
+) -> int:
     """Note where each document's lines lie; returns how many segments that added."""
     added = position = 0
     for (dataset, problem), group in groupby(rows, key=lambda row: (row.get("dataset"), row.get("problem_id"))):
         count = sum(1 for _ in group)
-        part = lines.part(position, position + count)
+        part, first = lines.part(position, position + count), rows[position]
         position += count
         doc_id = "/".join(str(key) for key in (dataset, problem) if key is not None) or name
-        document = documents.setdefault(doc_id, _Document("" if dataset is None else str(dataset)))
+        if (document := documents.get(doc_id)) is None:
+            row = {key: value for key, value in first.items() if key not in _OF_A_TOKEN}
+            document = _Document("" if dataset is None else str(dataset), {**facts_of(row), **place})
+            documents[doc_id] = document
         segment = _Segment(part.path, int(part.offset_N[0]), part.end, int(part.number_N[0]))
         last = document.segments[-1] if document.segments else None
         if last is not None and last.file != segment.file:
@@ -134,7 +147,12 @@ def _index(lines: Lines, rows: list[dict[str, Any]], documents: dict[str, _Docum
 
 
 def _documents(
-    documents: dict[str, _Document], layers_L: np.ndarray, top_k: int, weighted: bool, warnings: list[str]
+    documents: dict[str, _Document],
+    groups: dict[str, str],
+    layers_L: np.ndarray,
+    top_k: int,
+    weighted: bool,
+    warnings: list[str],
 ) -> Iterator[ImportedDocument]:
     oddities = Oddities()
     for doc_id, document in documents.items():
@@ -145,7 +163,8 @@ def _documents(
         ]
         placed = Entries.joined(parts).place(layers_L, top_k)
         oddities.count(placed)
-        yield ImportedDocument(doc_id, placed.record(np.full(len(placed.token_T), Phase.DECODE)), document.domain)
+        record = placed.record(np.full(len(placed.token_T), Phase.DECODE))
+        yield ImportedDocument(doc_id, record, document.domain, groups[doc_id])
     warnings += oddities.warnings()
 
 
@@ -159,4 +178,5 @@ IMPORTER = Importer(
     about="JSONL rows of dataset, problem_id, layer, token_idx, experts, gating_probs: generated tokens of vLLM",
     read=read,
     recognises=_recognises,
+    group_by="dataset; problem_id; any other field of a document's first row; file; folder",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def recognise(path: Path) -> Importer:
     try:
         if not path.is_dir():
             with path.open("rb") as stream:
-                head = stream.read(_HEAD_BYTES)
+                head = _unpacked(stream.read(_HEAD_BYTES))
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
     for importer in IMPORTERS.values():
@@ -69,6 +70,16 @@ def recognise(path: Path) -> Importer:
             return importer
     _refuse_impostors(_below(path))
     raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
+
+
+def _unpacked(head: bytes) -> bytes:
+    """The first bytes of what is in a gzip file; other files' as they are."""
+    if not head.startswith(b"\x1f\x8b"):
+        return head
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD_BYTES)
+    except zlib.error:
+        return head
 
 
 def import_trace(
@@ -128,6 +139,9 @@ def _imported(
         if options.axes is not None and not importer.takes_axes:
             able = ", ".join(name for name, other in IMPORTERS.items() if other.takes_axes)
             raise SpecmoeError(f"--axes is for arrays ({able}); {importer.name} says itself what its numbers are")
+        if options.group_by is not None and not importer.group_by:
+            able = ", ".join(other.name for other in IMPORTERS.values() if other.group_by)
+            raise SpecmoeError(f"--group-by is not possible for {importer.name}; it is for {able}")
         try:
             foreign = importer.read(path, options)
         except SpecmoeError as error:
@@ -150,6 +164,7 @@ def _manifest(foreign: ForeignTrace, importer: Importer, path: Path, options: Im
         "experts_from": ("user" if options.experts is not None else "file") if known else "ids",
         "file": path.name,
         "file_sha256": fingerprint(path),
+        **({} if options.group_by is None else {"group_by": options.group_by}),
         **foreign.settings,
     }
     source = Source(kind=importer.name, tokenizer=foreign.tokenizer, settings=settings)

@@ -7,7 +7,7 @@ P + G - 1 rows. Rows of a prefix that was computed earlier may be missing at the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from specmoe.errors import SpecmoeError
 from specmoe.sources.importers.arrays import IdSurvey, UniqueNames, id_rows, opened, token_rows
 from specmoe.sources.importers.axes import LAYERS_FIRST, arranged, axes_doubt, layers_first
 from specmoe.sources.importers.base import UNKNOWN_TOKEN, ForeignTrace, ImportedDocument, ImportOptions, topology_of
+from specmoe.sources.importers.grouping import Grouping, routing_words
 from specmoe.trace import Phase, RoutingRecord
 from specmoe.trace.writer import fields_of
 
@@ -35,6 +36,8 @@ class Request:
         prompt: length of the prompt, None if it is not known which rows are its.
         tokens_T: token ids of the rows, -1 where unknown. skipped: rows missing at the front.
         turned: whether the array was layers first, by its number of tokens.
+        before_S: token ids of the missing rows, empty if unknown.
+        facts: its fields, by which it may be grouped. answer_of: equal for answers to one request; empty if unknown.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Request:
     tokens_T: np.ndarray
     skipped: int = 0
     turned: bool = False
+    before_S: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    facts: Mapping[str, str] = field(default_factory=dict)
+    answer_of: str = ""
 
     def record(self, layers: np.ndarray) -> RoutingRecord:
         """The request as a record of the given layers."""
@@ -101,7 +107,9 @@ def request_of(
                 f"tokens, layers, k = {', '.join(map(str, ids.shape))}; name others with --axes"
             )
         skipped = max(0, prompt + max(0, generated - 1) - len(ids))
-    return Request(name, ids, prompt, _tokens_of_rows(len(ids), skipped, prompt, given, written), skipped, turned)
+    tokens_T = _tokens_of_rows(len(ids), skipped, prompt, given, written)
+    before_S = given[:skipped] if given is not None and skipped <= prompt else np.zeros(0, np.int64)
+    return Request(name, ids, prompt, tokens_T, skipped, turned, before_S)
 
 
 def _tokens_of_rows(
@@ -146,11 +154,12 @@ def import_requests(path: Path, requests: Callable[[], Iterable[Request]], optio
         SpecmoeError: the requests have different shapes or impossible ids, or there is no token.
     """
     warnings: list[str] = []
-    survey = IdSurvey()
+    survey, grouping = IdSurvey(), Grouping(options.group_by)
     count = unknown = skipped = turned = longest = 0
     with opened(path):
         for request in requests():
             survey.add(request.ids_TLK, request.name)
+            _group(grouping, request)
             count += 1
             unknown += request.prompt is None
             skipped += request.skipped > 0
@@ -168,16 +177,18 @@ def import_requests(path: Path, requests: Callable[[], Iterable[Request]], optio
         warnings.append(f"{unknown} of {count} requests do not say where the prompt ends; all of it counts as prefill")
     if skipped:
         warnings.append(f"{skipped} of {count} requests lack their first tokens (a prefix that was computed earlier)")
+    with opened(path):
+        groups = grouping.groups(warnings)
 
     def documents() -> Iterator[ImportedDocument]:
         unique = UniqueNames()
         iterator = iter(requests())
-        while True:
+        for group in groups:
             with opened(path):
                 request = next(iterator, None)
                 if request is None:
                     return
-                document = ImportedDocument(unique(request.name), request.record(layers))
+                document = ImportedDocument(unique(request.name), request.record(layers), group=group)
             yield document
 
     return ForeignTrace(
@@ -188,4 +199,15 @@ def import_requests(path: Path, requests: Callable[[], Iterable[Request]], optio
         settings={} if survey.shape[0] == len(layers) else {"layers": layers.tolist()},
         warnings=warnings,
         fused=fused,
+    )
+
+
+def _group(grouping: Grouping, request: Request) -> None:
+    whole = len(request.before_S) == request.skipped
+    grouping.add(
+        np.concatenate([request.before_S, request.tokens_T]) if whole else request.tokens_T[:0],
+        routing_words(request.ids_TLK) if not request.skipped else None,
+        request.prompt,
+        facts=request.facts,
+        answer_of=request.answer_of,
     )

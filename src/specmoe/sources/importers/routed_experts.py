@@ -7,6 +7,7 @@ it is saved is up to the caller, so ``.npy``, ``.npz`` and ``.pt`` are read, alo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers.arrays import no_more_than, opened
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, files_of
+from specmoe.sources.importers.grouping import place_of
 from specmoe.sources.importers.npy import NpzFile, open_npy
 from specmoe.sources.importers.requests import REQUEST_FIELDS, Request, import_requests, request_of
 from specmoe.sources.importers.restricted_pickle import Array
@@ -42,7 +44,8 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         for file in files:
             stem = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
             with opened(file):
-                yield from _requests_of(file, stem, options.axes)
+                facts = place_of(path, file)
+                yield from (replace(request, facts=facts) for request in _requests_of(file, stem, options.axes))
 
     return import_requests(path, requests, options)
 
@@ -120,4 +123,5 @@ IMPORTER = Importer(
     read=read,
     recognises=_recognises,
     takes_axes=True,
+    group_by="file; folder",
 )

@@ -24,6 +24,7 @@ from specmoe.sources.importers.base import (
     files_of,
     topology_of,
 )
+from specmoe.sources.importers.grouping import Grouping, place_of
 from specmoe.sources.importers.restricted_pickle import Array
 from specmoe.sources.importers.sglang_passes import DECODE, EXTEND, MIXED, Pass, Stream, tell_apart
 from specmoe.sources.importers.torch_archive import is_torch_archive, load_torch
@@ -71,6 +72,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     experts = physical = dropped = 0
     slots: np.ndarray = np.zeros(0, bool)
     distinct: dict[bytes, Path] = {}
+    grouping = Grouping(options.group_by)
     remapped = False
     for file in files:
         with opened(file):
@@ -78,6 +80,8 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
             if distinct.setdefault(dump.digest, file) is not file:
                 continue
             dropped += dump.dropped
+            for stream in tell_apart(dump.passes):
+                _group(grouping, dump, stream, place_of(path, file))
             for ids_LNK in dump.ids:
                 used: np.ndarray = np.asarray((ids_LNK >= 0).any((0, 1)))
                 if len(slots) not in (0, len(used)):
@@ -113,10 +117,12 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
     if dropped:
         warnings.append(f"{dropped} passes were left out: idle, speculative, or of a kind that is not known")
     named = kept if path.is_dir() else None
+    with opened(path):
+        groups = grouping.groups(warnings)
     return ForeignTrace(
         topology=topology,
         fields=fields_of([]),
-        documents=_documents(kept, named, layers, chosen),
+        documents=_documents(kept, named, layers, chosen, iter(groups)),
         experts_known=experts > 0,
         settings={"layers": layers.tolist()},
         warnings=warnings,
@@ -220,7 +226,7 @@ def _logical(dump: _Dump, ids_LNK: np.ndarray) -> np.ndarray:
 
 
 def _documents(
-    files: list[Path], named: list[Path] | None, layers: np.ndarray, chosen: np.ndarray
+    files: list[Path], named: list[Path] | None, layers: np.ndarray, chosen: np.ndarray, groups: Iterator[str]
 ) -> Iterator[ImportedDocument]:
     for number, file in enumerate(files):
         prefix = f"{named[number].stem.removeprefix(_PREFIX)}-{number}/" if named else ""
@@ -230,7 +236,16 @@ def _documents(
         for place, stream in enumerate(streams):
             with opened(file):
                 record = _record(dump, stream, layers, chosen)
-            yield ImportedDocument(f"{prefix}request-{place:06d}", record)
+            yield ImportedDocument(f"{prefix}request-{place:06d}", record, group=next(groups, ""))
+
+
+def _group(grouping: Grouping, dump: _Dump, stream: Stream, facts: dict[str, str]) -> None:
+    """Take a request in by its token ids; one whose first tokens were cached begins with none that are known."""
+    first = stream.segments[0]
+    cached = first.decoded or int(dump.passes[first.index].positions[first.start]) > 0
+    tokens = [dump.tokens[part.index][part.start : part.stop] for part in stream.segments]
+    prompt = sum(part.stop - part.start for part in stream.segments if not part.decoded)
+    grouping.add(np.concatenate(tokens)[: 0 if cached else None], None, prompt, facts=facts)
 
 
 def _record(dump: _Dump, stream: Stream, layers: np.ndarray, chosen: np.ndarray) -> RoutingRecord:
@@ -259,4 +274,5 @@ IMPORTER = Importer(
     about="dumps of SGLang's expert distribution recorder, mode per_token",
     read=read,
     recognises=_recognises,
+    group_by="file; folder",
 )
