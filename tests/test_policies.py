@@ -98,9 +98,7 @@ def test_same_misses_as_a_slow_one_where_sizes_differ(
 @pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"slru", "s3-fifo"}))
 @given(demand=demands(), capacity=st.integers(1, 18), per_layer=st.booleans(), size=st.integers(1, 9))
 @settings(deadline=None, max_examples=20)
-def test_equal_sizes_in_bytes_are_experts(
-    name: str, demand: Demand, capacity: int, per_layer: bool, size: int
-) -> None:
+def test_equal_sizes_in_bytes_are_experts(name: str, demand: Demand, capacity: int, per_layer: bool, size: int) -> None:
     """All but those that share the capacity out among queues, whose parts need not be whole experts."""
     wanted = wishes(demand, name)
     sizes = (size,) * demand.topology.layers

@@ -12,7 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulation_worlds import demand_of, demands, fits, hardware, link, links, machine, machines, records_of, runs, topology_of
+from simulation_worlds import (
+    demand_of,
+    demands,
+    fits,
+    hardware,
+    link,
+    links,
+    machine,
+    machines,
+    records_of,
+    runs,
+    topology_of,
+)
 from specmoe.offload import simulator
 from specmoe.offload.admission.registry import Admission
 from specmoe.offload.bound import fewest_loads
@@ -151,9 +163,7 @@ def test_misses_are_those_of_the_cache_alone(policy: str, data: st.DataObject) -
     of = data.draw(machines(demand, policy=policy))
     wanted = usage_wanted(demand).astype(np.float32) if POLICIES[policy].needs == "predictor" else None
     held_G = capacities(of, demand)
-    alone = replay_cache(
-        demand, policy, held_G, per_layer=of.per_layer, wanted=wanted, expert_bytes=of.expert_bytes
-    )
+    alone = replay_cache(demand, policy, held_G, per_layer=of.per_layer, wanted=wanted, expert_bytes=of.expert_bytes)
     outcome = simulate(demand, of)
     assert outcome.count("misses") == alone.misses
     assert outcome.count("evictions") == alone.evictions
@@ -166,9 +176,7 @@ def test_nothing_is_faster_than_the_bound(data: st.DataObject) -> None:
     demand = data.draw(demands())
     run = any_run(data, demand)
     of = data.draw(machines(demand, policy=any_policy(data, run)))
-    loaded_V = fewest_loads(
-        demand, capacities(of, demand), per_layer=of.per_layer, expert_bytes=of.expert_bytes
-    )
+    loaded_V = fewest_loads(demand, capacities(of, demand), per_layer=of.per_layer, expert_bytes=of.expert_bytes)
     least = least_seconds(demand, of, loaded_V)
     assert of.cost is not None
     assert least >= compute_seconds(demand, of.cost) * (1 - 1e-12)
@@ -206,13 +214,14 @@ def test_no_cache_loads_fewer_bytes_than_the_bound(data: st.DataObject) -> None:
 
 
 def test_beladys_rule_is_not_the_best_where_sizes_differ() -> None:
-    """Two small experts of layer 0, needed in turn, beside a large one of layer 1 that is needed at once again."""
-    demand = demand_of([[[0], [0]], [[1], [0]], [[0], [1]], [[1], [1]], [[0], [1]], [[1], [0]]], topology_of(2, 2, 1))
-    misses = {
-        name: replay_cache(demand, name, 3, expert_bytes=(1, 2)).misses for name in ("lru", "belady", "belady-bypass")
-    }
-    least = int(fewest_loads(demand, 3, expert_bytes=(1, 2)).sum())
-    print(misses, least)
+    """Three small experts, all needed a little later than a large one: four misses to save or one."""
+    small = [[-1, 0], [-1, 1], [-1, 2]]
+    steps = [[0, -1], *small, *small, [1, -1], [0, -1], *small]
+    demand = demand_of([[[layer] for layer in step] for step in steps], topology_of(2, 3, 1))
+    misses = {name: replay_cache(demand, name, 6, expert_bytes=(3, 1)).misses for name in ("lfu", "belady")}
+    # The seventh step's large one pushes out the first large one under LFU, and under Belady's rule all small ones.
+    assert misses == {"lfu": 6, "belady": 8}
+    assert fewest_loads(demand, 6, expert_bytes=(3, 1)).sum() <= 3 * 3 + 3
 
 
 @settings(max_examples=100, deadline=None)

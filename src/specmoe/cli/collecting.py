@@ -110,5 +110,5 @@ def _tell(trace: object, as_json: bool, warnings: list[str] | None = None) -> No
     shape = facts.topology
     typer.echo(
         f"{trace.directory}: {facts.tokens:,} tokens in {facts.documents} documents of {facts.domains} domains, "
-        f"{shape.layers} MoE layers × {shape.experts} experts, top-{shape.top_k}; keeps {', '.join(facts.fields)}"
+        f"{shape.layers} MoE layers × {shape.experts_text} experts, top-{shape.top_k}; keeps {', '.join(facts.fields)}"
     )

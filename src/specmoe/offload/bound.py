@@ -23,7 +23,11 @@ __all__ = ["fewest_loads"]
 
 
 def fewest_loads(
-    demand: Demand, capacity: int | NDArray[np.int64], *, per_layer: bool = False, expert_bytes: ExpertBytes | None = None
+    demand: Demand,
+    capacity: int | NDArray[np.int64],
+    *,
+    per_layer: bool = False,
+    expert_bytes: ExpertBytes | None = None,
 ) -> NDArray[np.int64]:
     """Units that each event has to load at least, in the sum over all events up to it: int64 [V].
 

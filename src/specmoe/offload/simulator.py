@@ -19,9 +19,19 @@ from specmoe.offload.prefetchers.predictions import Predictions
 from specmoe.offload.simulation.state import COUNTS, Log, counted, make_log, make_tier
 from specmoe.offload.simulation.timeline import run_timeline
 from specmoe.offload.simulation.world import ESTIMATES, Plan, Stream, Times, World
+from specmoe.topology import Topology
 from specmoe.trace.record import Phase
 
-__all__ = ["ORACLE_PASSES", "Machine", "Outcome", "Run", "least_seconds", "simulate", "simulate_oracle"]
+__all__ = [
+    "ORACLE_PASSES",
+    "Machine",
+    "Outcome",
+    "Run",
+    "least_capacity",
+    "least_seconds",
+    "simulate",
+    "simulate_oracle",
+]
 
 # How far oracles look ahead, in passes through the layers; besides, one that sees everything.
 ORACLE_PASSES = (0.25, 0.5, 1, 4, 16)
@@ -185,21 +195,29 @@ def capacities(machine: Machine, demand: Demand) -> NDArray[np.int64]:
     Raises:
         SpecmoeError: less than a token needs, or a policy that cannot be.
     """
-    topology, size = demand.topology, machine.expert_bytes
-    everything, needed_L = all_units(topology, size), topology.top_k * units_L(topology, size)
+    topology, size, least = demand.topology, machine.expert_bytes, least_capacity(machine, demand.topology)
+    held_G = np.array([min(machine.capacity, all_units(topology, size))], dtype=np.int64)
+    needed_G = np.array([least], dtype=np.int64)
     if machine.per_layer:
         held_G = split_by_layer(topology, machine.capacity, size)
-        whole_L = units_L(topology, size) * topology.experts_L
-        least = max(-(-int(needed) * everything // int(whole)) for needed, whole in zip(needed_L, whole_L, strict=True))
-    else:
-        held_G, least = np.array([min(machine.capacity, everything)], dtype=np.int64), int(needed_L.max())
-    if (held_G < (needed_L if machine.per_layer else least)).any():
+        needed_G = topology.top_k * units_L(topology, size)
+    if (held_G < needed_G).any():
         unit = "experts" if isinstance(size, int) else "bytes"
         raise SpecmoeError(
             f"a cache of {machine.capacity} {unit}{' split by layers' if machine.per_layer else ''} is too small: a "
             f"token needs {topology.top_k} experts of a layer at once; give at least {least} {unit}"
         )
     return held_G
+
+
+def least_capacity(machine: Machine, topology: Topology) -> int:
+    """Units that suffice for one token of every layer, in a machine's kind of cache."""
+    needed_L = topology.top_k * units_L(topology, machine.expert_bytes)
+    if not machine.per_layer:
+        return int(needed_L.max())
+    everything = all_units(topology, machine.expert_bytes)
+    whole_L = units_L(topology, machine.expert_bytes) * topology.experts_L
+    return max(-(-int(needed) * everything // int(whole)) for needed, whole in zip(needed_L, whole_L, strict=True))
 
 
 def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans: int = 0) -> Outcome:
@@ -331,7 +349,8 @@ def _work(demand: Demand) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Experts of each event, and tokens that they serve beyond one each: [V]."""
     sizes_V = np.diff(demand.starts_V)
     event_M = np.repeat(np.arange(demand.events), sizes_V)
-    return sizes_V, np.bincount(event_M, weights=demand.tokens_M, minlength=demand.events) - sizes_V
+    further_V = np.bincount(event_M, weights=demand.tokens_M, minlength=demand.events) - sizes_V
+    return sizes_V, further_V.astype(np.float64)
 
 
 def least_seconds(demand: Demand, machine: Machine, loaded_V: NDArray[np.int64]) -> float:

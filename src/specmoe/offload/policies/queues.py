@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
@@ -17,7 +19,8 @@ def sentinel_of(state: PolicyState, group: int, queue: int) -> int:
 @inlined()
 def units_of(state: PolicyState, key: int) -> int:
     """What a key takes of its cache's capacity."""
-    return state.units_L[state.keys[key].layer]
+    units_L: Any = state.units_L
+    return units_L[state.keys[key].layer]
 
 
 @inlined()

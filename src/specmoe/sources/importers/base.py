@@ -114,9 +114,12 @@ def topology_of(
     experts: int,
     top_k: int,
     hidden_size: int = 0,
-    bytes_per_expert: int | None = None,
+    bytes_per_expert: tuple[int, ...] | None = None,
 ) -> Topology:
     """A topology from what a file says; ``options.experts`` may only widen the number of experts.
+
+    Args:
+        bytes_per_expert: of each layer; None where the file does not say.
 
     Raises:
         SpecmoeError: no model has this shape, or the file has more experts than the user says.
@@ -132,7 +135,7 @@ def topology_of(
             experts=experts,
             top_k=top_k,
             hidden_size=hidden_size,
-            bytes_per_expert=bytes_per_expert,
+            bytes_per_expert_by_layer=bytes_per_expert,
         )
     except ValueError as error:
         raise SpecmoeError(
