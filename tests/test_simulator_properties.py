@@ -28,8 +28,8 @@ from simulation_worlds import (
 from specmoe.offload import simulator
 from specmoe.offload.admission.registry import Admission
 from specmoe.offload.bound import fewest_loads
-from specmoe.offload.capacity import units_L
 from specmoe.offload.cache import replay_cache
+from specmoe.offload.capacity import units_L
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Hardware, Link
 from specmoe.offload.policies.registry import POLICIES

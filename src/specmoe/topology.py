@@ -67,9 +67,9 @@ class Topology(BaseModel):
         for by_layer, common in (("experts_per_layer", "experts"), ("bytes_per_expert_by_layer", "bytes_per_expert")):
             values = given.get(by_layer)
             # One that is not of this model's layers is left for the checks below.
-            if isinstance(values, list | tuple) and len(values) == given.get("layers") and len(set(values)) == 1:
-                if given.get(common) in {None, values[0]}:
-                    given[by_layer], given[common] = None, values[0]
+            whole = isinstance(values, list | tuple) and len(values) == given.get("layers")
+            if whole and values == values[:1] * len(values) and given.get(common) in {None, values[0]}:
+                given[by_layer], given[common] = None, values[0]
         return given
 
     @model_validator(mode="after")

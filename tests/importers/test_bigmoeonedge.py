@@ -28,7 +28,8 @@ def test_everything_arrives(tmp_path: Path) -> None:
     topology = trace.topology
     assert (topology.layers, topology.experts, topology.top_k) == (3, 32, TOP_K)
     assert topology.model_id == "qwen3.gguf"
-    assert topology.bytes_per_expert == round((1001 + 1002 + 1005) / 3)
+    assert topology.bytes_per_expert is None
+    assert topology.bytes_per_expert_by_layer == (1001, 1002, 1005)
     settings = trace.manifest.source.settings
     assert settings["layers"] == [1, 2, 5]
     assert settings["expert_bytes"] == [1001, 1002, 1005]

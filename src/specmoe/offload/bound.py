@@ -2,8 +2,8 @@
 
 Experts are taken to be divisible: part of one may stay when the rest has left. A cache of whole experts does no better.
 Then every unit of capacity holds something of its own that is needed at known events, all of one size, and keeping what
-is needed soonest is best for every part of the stream from its beginning (``policies.belady_bypass`` says why). Where an
-expert takes one unit, that policy has exactly these misses.
+is needed soonest is best for every part of the stream from its beginning (``policies.belady_bypass`` says why). Where
+an expert takes one unit, that policy has exactly these misses.
 """
 
 from __future__ import annotations

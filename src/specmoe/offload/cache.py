@@ -112,8 +112,8 @@ def empty_caches(
         small = int((capacity_G < least_G).argmax())
         if isinstance(expert_bytes, tuple):
             raise SpecmoeError(
-                f"a cache of {capacity_G[small]:,} bytes holds nothing; choose at least {least_G[small]:,}, the size of "
-                "an expert"
+                f"a cache of {capacity_G[small]:,} bytes holds nothing; choose at least {least_G[small]:,}, the size "
+                "of an expert"
             )
         raise SpecmoeError(f"a cache of {capacity_G[small]} experts holds nothing; choose at least 1")
     return make_state(group_N, layer_N, capacity_G, layers, taken_L)

@@ -1,7 +1,7 @@
 """How much of a model a cache holds: shares, bytes and numbers of experts as people write them.
 
-Where all experts are of one size a capacity counts experts. Where sizes differ by layer it counts bytes: how many experts
-fit then depends on which. Both are *units*: an expert takes one, or as many as it has bytes.
+Where all experts are of one size a capacity counts experts. Where sizes differ by layer it counts bytes: how many
+experts fit then depends on which. Both are *units*: an expert takes one, or as many as it has bytes.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def parse_capacity(text: str, topology: Topology, expert_bytes: ExpertBytes | No
     """Units that are meant (see the module): at most those of all experts.
 
     Args:
-        text: ``25%`` or ``0.25`` (of all experts of all layers; of their bytes where sizes differ), ``8GiB``, ``500MB``,
-            ``32`` or ``32 experts``. Units with an i are powers of 1024, those without powers of 1000.
+        text: ``25%`` or ``0.25`` (of all experts of all layers; of their bytes where sizes differ), ``8GiB``,
+            ``500MB``, ``32`` or ``32 experts``. Units with an i are powers of 1024, those without powers of 1000.
         topology: of the model. expert_bytes: size of one expert as it is stored; None where it is not known.
 
     Raises:

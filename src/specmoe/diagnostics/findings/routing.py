@@ -30,7 +30,8 @@ def dead_experts(evidence: Evidence) -> Finding | None:
     worst = int(dead_L.argmax())
     message = (
         f"{int(dead_L.sum()):,} of {topology.all_experts:,} experts were never used, most in layer {worst} "
-        f"({dead_L[worst]} of {experts_L[worst]}); they make prediction look easier: check that the model is whole and the text varied"
+        f"({dead_L[worst]} of {experts_L[worst]}); they make prediction look easier: check that the model is "
+        "whole and the text varied"
     )
     severity = "warning" if dead_L.sum() > topology.all_experts / 2 else "note"
     return Finding(code="dead-experts", severity=severity, message=message)

@@ -2,8 +2,8 @@
 
 A key enters the lowest segment that has room, moves one segment up with each use, and what a full segment pushes out
 goes to the newest end of the segment below. The oldest key of the lowest segment leaves. Segments and their sizes are
-libCacheSim's: capacity // 4, and what remains of the capacity belongs to the lowest. A key that is larger than a segment
-does not stay in it.
+libCacheSim's: capacity // 4, and what remains of the capacity belongs to the lowest. A key that is larger than a
+segment does not stay in it.
 """
 
 from __future__ import annotations

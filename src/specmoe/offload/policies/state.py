@@ -11,8 +11,8 @@ simulator) keeps of a key ``resident``, ``pinned``, ``next_use`` and ``wanted``,
 ``stamp``; the policy keeps everything else. A key that is on its way is not resident, and no verb hears of it before
 ``insert``.
 
-A capacity is counted in units: an expert takes one of them, or its bytes where sizes differ by layer. Then more than one
-expert may have to leave for one that comes: ``victim`` is called until there is room.
+A capacity is counted in units: an expert takes one of them, or its bytes where sizes differ by layer. Then more than
+one expert may have to leave for one that comes: ``victim`` is called until there is room.
 
 Letters: N experts of the model (key = layer·E + expert), G caches (1 where the layers share one), Q queues of a cache.
 """
@@ -77,8 +77,8 @@ class PolicyState(NamedTuple):
             queue: the queue a key is in; -1 for none. count: uses, or a visited bit.
             place: where a key stands in ``heap_N``; -1 for nowhere. score, used: the heap's order; where scores are
             equal the smaller ``used`` leaves.
-        caches: records of ``CACHE`` [G]. capacity: units it may hold. size: units it holds; the caller counts what is on
-            its way here too, if it has reserved its room. first: where its heap begins in ``heap_N``, heap_size how
+        caches: records of ``CACHE`` [G]. capacity: units it may hold. size: units it holds; the caller counts what is
+            on its way here too, if it has reserved its room. first: where its heap begins in ``heap_N``, heap_size how
             many keys that has. age: of LFU with ageing. hand: a key or a sentinel.
         clock: one record of ``CLOCK``. stamp: of the event being run. tick: uses so far.
         heap_N: int32, the heaps one after the other; a heap's root is the next victim.

@@ -15,7 +15,7 @@ from specmoe.topology import Topology
 
 __all__ = ["COUNTS", "Log", "Tier", "counted", "make_log", "make_tier"]
 
-# Columns of the table of counts; all of them count experts by layer, so times a layer's size of an expert they are bytes.
+# Columns of the table of counts; all of them count experts by layer, so times the size of a layer's they are bytes.
 COUNTS = (
     "accesses",  # experts that events needed
     "hits",  # of them, those that were there

@@ -40,8 +40,8 @@ class _Model(BaseModel):
 class Cell(_Model):
     """One place of the table. Seconds of the whole demand.
 
-    factor: on the links' bandwidth. capacity: experts held, or bytes where they differ in size. none, oracle: without prefetching, and with the oracle.
-    predictor: with the best predictor; None where there is none.
+    factor: on the links' bandwidth. capacity: experts held, or bytes where they differ in size. none, oracle: without
+    prefetching, and with the oracle. predictor: with the best predictor; None where there is none.
     """
 
     factor: float

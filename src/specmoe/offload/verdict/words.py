@@ -57,8 +57,8 @@ def _reasoning(e: Evidence) -> list[str]:
         lines.append(f"- No prefetching and no eviction can gain more than {e.bound:.1%} on this cache and link.")
     if e.enough is not None:
         lines.append(
-            f"- Working set: {e.enough:.0%} of the experts are enough to miss at most 10 %; {e.held / e.everything:.0%} "
-            "are held."
+            f"- Working set: {e.enough:.0%} of the experts are enough to miss at most 10 %; "
+            f"{e.held / e.everything:.0%} are held."
         )
     else:
         lines.append("- Working set: no cache that was tried misses less than 10 %.")
