@@ -47,7 +47,8 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
     if len(set(counts)) > 1:
         raise SpecmoeError(
             f"the layers of this {family.name} model have different numbers of experts ({min(counts)} to "
-            f"{max(counts)}: a pruned model?), which cannot be captured; record it with its own engine and import that, with --experts"
+            f"{max(counts)}: a pruned model?), which cannot be captured; record it with its engine and import that, "
+            "with --experts"
         )
     numbers, dtype = _numbers_of_the_experts(sites[0], experts), getattr(model.config, "dtype", None)
     stored = _stored_bytes_of_the_experts(directory, numbers) if directory is not None else None

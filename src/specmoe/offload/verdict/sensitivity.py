@@ -17,6 +17,7 @@ from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions, with_recall
 from specmoe.offload.running import scaled
 from specmoe.offload.simulator import Machine, Run, least_capacity, simulate, simulate_oracle
+from specmoe.offload.words import capacity_text
 from specmoe.results import validated
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
@@ -111,7 +112,7 @@ def measure_sensitivity(
     cells = []
     for factor in FACTORS:
         for capacity in sizes:
-            on_run(done, total, f"{factor:g} × the bandwidth, {capacity} experts")
+            on_run(done, total, f"{factor:g} × the bandwidth, {capacity_text(capacity, machine.expert_bytes)}")
             here = scaled(replace(machine, capacity=capacity), factor)
             run = None if predictions is None else Run("predictor", predictions, admission, seconds=seconds)
             cells.append(

@@ -42,10 +42,12 @@ class ImportOptions:
     Attributes:
         model_id: name of the model that was traced.
         experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
+        experts_per_layer: of each MoE layer where they differ; the largest is ``experts``.
     """
 
     model_id: str = "unknown"
     experts: int | None = None
+    experts_per_layer: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,12 @@ def topology_of(
         if options.experts < experts:
             raise SpecmoeError(f"--experts {options.experts} is too few: expert id {experts - 1} occurs")
         experts = options.experts
+    counts = options.experts_per_layer
+    if counts is not None and (len(counts) != layers or min(counts) < top_k):
+        raise SpecmoeError(
+            f"--experts names {len(counts)} layers with at least {min(counts)} experts each, but there are {layers} "
+            f"layers, and a token is routed to {top_k} experts of each; give one number, or one for each layer"
+        )
     try:
         return Topology(
             model_id=options.model_id,
@@ -136,6 +144,7 @@ def topology_of(
             top_k=top_k,
             hidden_size=hidden_size,
             bytes_per_expert_by_layer=bytes_per_expert,
+            experts_per_layer=counts,
         )
     except ValueError as error:
         raise SpecmoeError(
