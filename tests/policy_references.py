@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -15,10 +15,11 @@ from specmoe.offload.demand import Demand
 
 @dataclass
 class Reference:
-    """One cache. ``oldest`` first in every list; ``pinned`` keys must not leave."""
+    """One cache. ``oldest`` first in every list; ``pinned`` keys must not leave; sizes are by layer, 1 by default."""
 
     capacity: int
     demand: Demand
+    sizes: Sequence[int] = ()
     wanted: dict[int, float] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
     uses: dict[int, int] = field(default_factory=dict)
@@ -27,6 +28,11 @@ class Reference:
 
     def __post_init__(self) -> None:
         """For those that hold their keys otherwise."""
+
+    def taken(self, keys: Iterable[int]) -> int:
+        """What some keys take of the capacity."""
+        experts = self.demand.topology.experts
+        return sum(self.sizes[key // experts] if self.sizes else 1 for key in keys)
 
     def use(self, key: int) -> None:
         self.tick += 1
@@ -95,12 +101,13 @@ class Slru(Reference):
         self.segments[place].remove(key)
         place = min(place + 1, 3)
         self.segments[place].append(key)
-        while place and len(self.segments[place]) > self.capacity // 4:
-            self.segments[place - 1].append(self.segments[place].pop(0))
+        while place:
+            while self.taken(self.segments[place]) > self.capacity // 4:
+                self.segments[place - 1].append(self.segments[place].pop(0))
             place -= 1
 
     def insert(self, key: int, now: int) -> None:
-        room = [i for i, segment in enumerate(self.segments) if len(segment) < self.capacity // 4]
+        room = [i for i, segment in enumerate(self.segments) if self.taken([*segment, key]) <= self.capacity // 4]
         self.segments[room[0] if room else 0].append(key)
 
     def victim(self, pinned: Collection[int], now: int) -> int | None:
@@ -125,15 +132,16 @@ class S3Fifo(Reference):
 
     def insert(self, key: int, now: int) -> None:
         self.uses[key] = 0
-        early = not self.evicted and len(self.small) >= max(1, self.capacity // 10)
+        early = not self.evicted and self.taken(self.small) >= max(1, self.capacity // 10)
         (self.main if key in self.ghosts or early else self.small).append(key)
         self.ghosts = [ghost for ghost in self.ghosts if ghost != key]
-        self.ghosts = self.ghosts[max(0, len(self.ghosts) - self.capacity * 9 // 10) :]
+        while self.taken(self.ghosts) > self.capacity * 9 // 10:
+            self.ghosts.pop(0)
 
     def victim(self, pinned: Collection[int], now: int) -> int | None:
         self.evicted = True
         order = [self.from_small, self.from_main]
-        if len(self.main) > self.capacity - max(1, self.capacity // 10):
+        if self.taken(self.main) > self.capacity - max(1, self.capacity // 10):
             order.reverse()
         for source in order:
             key = source(pinned)
@@ -278,11 +286,20 @@ REFERENCES: dict[str, type[Reference]] = {
 
 
 def replay_reference(
-    demand: Demand, policy: str, capacity: int, *, per_layer: bool = False, wanted: NDArray[np.float32] | None = None
+    demand: Demand,
+    policy: str,
+    capacity: int,
+    *,
+    per_layer: bool = False,
+    wanted: NDArray[np.float32] | None = None,
+    sizes: Sequence[int] = (),
 ) -> tuple[list[bool], int]:
-    """Which accesses miss, in the order of ``keys_M``, and how many experts leave."""
+    """Which accesses miss, in the order of ``keys_M``, and how many experts leave.
+
+    With ``sizes``, by layer, the capacity is bytes, and experts leave until the one that comes fits.
+    """
     topology = demand.topology
-    caches = [REFERENCES[policy](capacity, demand) for _ in range(topology.layers if per_layer else 1)]
+    caches = [REFERENCES[policy](capacity, demand, sizes) for _ in range(topology.layers if per_layer else 1)]
     resident: list[set[int]] = [set() for _ in caches]
     missed: list[bool] = []
     evictions = 0
@@ -300,9 +317,11 @@ def replay_reference(
                 if key in inside:
                     cache.hit(key, event)
                 continue
-            if len(inside) >= capacity:
-                if not cache.admit(key, event):
-                    continue
+            kept = True
+            while kept and cache.taken([*inside, key]) > capacity:
+                kept = cache.admit(key, event)
+                if not kept:
+                    break
                 leaves = cache.victim(pinned, event)
                 if leaves is None:
                     pinned.clear()
@@ -311,8 +330,10 @@ def replay_reference(
                 assert leaves not in pinned or isinstance(cache, BeladyBypass)
                 inside.remove(leaves)
                 evictions += 1
+            if not kept:
+                continue
             inside.add(key)
             pinned.add(key)
             cache.insert(key, event)
-            assert len(inside) <= capacity
+            assert cache.taken(inside) <= capacity
     return missed, evictions

@@ -10,6 +10,7 @@ The rules, as the docstrings of ``simulation`` and ``cache`` state them:
 - A place is taken from the beginning of a transfer. Experts of the event that ran last are in use, and stay.
 - A prefetch that is under way when its expert is needed is joined: late.
 - An event of more experts than the cache holds runs in waves.
+- Where experts differ in size by layer a cache holds bytes, and experts leave until the one that comes fits.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class Wait:
 
 @dataclass
 class Reference:
-    """One run. ``capacities``: experts that each cache holds, one for all layers or one for each."""
+    """One run. ``capacities``: experts, or bytes where sizes differ, that each cache holds: one, or one a layer."""
 
     demand: Demand
     capacities: list[int]
     link: Link
-    expert_bytes: int
+    expert_bytes: int | tuple[int, ...]
     cost: StepCost
     predictions: Predictions = field(default_factory=Predictions.none)
     rule: str = ""
@@ -74,9 +75,17 @@ class Reference:
     def resident(self, key: int) -> bool:
         return key in self.caches[self.cache_of(key)]
 
-    def full(self, cache: int) -> bool:
-        coming = sum(self.cache_of(key) == cache for key in self.under_way)
-        return len(self.caches[cache]) + coming >= self.capacities[cache]
+    def layer_of(self, key: int) -> int:
+        return key // self.demand.topology.experts
+
+    def bytes_of(self, key: int) -> int:
+        return self.expert_bytes if isinstance(self.expert_bytes, int) else self.expert_bytes[self.layer_of(key)]
+
+    def full(self, cache: int, newcomer: int) -> bool:
+        keys = [*self.caches[cache], *(key for key in self.under_way if self.cache_of(key) == cache), newcomer]
+        if isinstance(self.expert_bytes, int):
+            return len(keys) > self.capacities[cache]
+        return sum(map(self.bytes_of, keys)) > self.capacities[cache]
 
     def evict_one(self, cache: int, phase: str) -> bool:
         """The least recently used expert that is not in use goes, if there is one."""
@@ -96,12 +105,12 @@ class Reference:
 
     # The link
 
-    def transfer(self, ready: float) -> float:
+    def transfer(self, key: int, ready: float) -> float:
         slot = self.slots.index(min(self.slots))
         begin = max(ready, self.slots[slot])
-        end = max(begin + self.link.latency, self.bus) + self.expert_bytes / self.link.bandwidth
+        end = max(begin + self.link.latency, self.bus) + self.bytes_of(key) / self.link.bandwidth
         self.slots[slot] = self.bus = end
-        self.moved += 1
+        self.moved += self.bytes_of(key)
         return end
 
     def arrive(self, key: int) -> None:
@@ -125,40 +134,45 @@ class Reference:
             chosen = min(ready, key=lambda wait: (wait.due, -wait.chance))
             self.take_in(begin)
             cache = self.cache_of(chosen.key)
-            if self.full(cache) and not self.evict_one(cache, phase):
+            room = True
+            while room and self.full(cache, chosen.key):
+                room = self.evict_one(cache, phase)
+            if not room:
                 # All that this cache holds is in use: not before the next router has run.
                 chosen.ready = until
                 continue
             self.queue.remove(chosen)
-            self.under_way[chosen.key] = self.transfer(begin)
+            self.under_way[chosen.key] = self.transfer(chosen.key, begin)
             self.counts[phase]["prefetched"] += 1
             self.note_size()
 
     # An event
 
-    def room_for_demand(self, cache: int, now: float, phase: str) -> float | None:
+    def room_for_demand(self, key: int, now: float, phase: str) -> float | None:
         """From when on there is a place; None if all that is held is in use."""
-        if not self.full(cache) or self.evict_one(cache, phase):
-            return now
-        others = {
-            key: arrival
-            for key, arrival in self.under_way.items()
-            if self.cache_of(key) == cache and key not in self.in_use
-        }
-        if not others:
-            return None
-        first = min(others, key=lambda key: others[key])
-        self.arrive(first)
-        self.unused.add(first)
-        assert self.evict_one(cache, phase)
-        return max(now, others[first])
+        cache = self.cache_of(key)
+        while self.full(cache, key):
+            if self.evict_one(cache, phase):
+                continue
+            others = {
+                other: arrival
+                for other, arrival in self.under_way.items()
+                if self.cache_of(other) == cache and other not in self.in_use
+            }
+            if not others:
+                return None
+            first = min(others, key=lambda other: others[other])
+            self.arrive(first)
+            self.unused.add(first)
+            now = max(now, others[first])
+        return now
 
     def computing(self, event: int, keys: list[int]) -> float:
         start, stop = self.demand.starts_V[event : event + 2]
         tokens = dict(
             zip(self.demand.keys_M[start:stop].tolist(), self.demand.tokens_M[start:stop].tolist(), strict=True)
         )
-        return sum(self.cost.expert(tokens[key]) for key in keys)
+        return sum(self.cost.expert(tokens[key], self.layer_of(key)) for key in keys)
 
     def serve(self, event: int, phase: str, now: float) -> float:
         """Returns when the event's experts have computed."""
@@ -188,19 +202,19 @@ class Reference:
                 self.in_use.add(key)
                 counts["late"] += 1
             else:
-                begin = self.room_for_demand(cache, now, phase)
+                begin = self.room_for_demand(key, now, phase)
                 if begin is None:
                     self.stall += ready - now
                     now = ready = ready + self.computing(event, wave)
                     wave = []
                     # A prefetch of this very event that holds the only place gives way too, and is fetched again.
                     self.in_use = set()
-                    begin = self.room_for_demand(cache, now, phase)
+                    begin = self.room_for_demand(key, now, phase)
                     assert begin is not None
                 self.in_use.add(key)
                 self.caches[cache].append(key)
                 self.note_size()
-                ready = max(ready, self.transfer(begin))
+                ready = max(ready, self.transfer(key, begin))
                 counts["misses"] += 1
             wave.append(key)
         self.stall += ready - now

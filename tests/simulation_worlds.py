@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from specmoe.offload.admission.registry import Admission
+from specmoe.offload.capacity import all_units, units_L
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.cost import StepCost
 from specmoe.offload.hardware.profile import Compute, Hardware, Link
 from specmoe.offload.prefetchers.predictions import Predictions, demand_table
-from specmoe.offload.simulator import Machine, Run
+from specmoe.offload.simulator import Machine, Run, capacities
 from specmoe.topology import Topology
 from specmoe.trace.record import Phase
 
 COST = StepCost(
     layer_seconds=1.0, token_layer_seconds=0.13, expert_seconds=0.37, token_seconds=0.07, other_seconds=0.23
 )
+
+
+# Bytes, of an expert of each layer where they differ.
+SIZES = (1_000_000, 390_000, 1_700_000)
 
 
 def topology_of(layers: int, experts: int, top_k: int) -> Topology:
@@ -38,7 +44,15 @@ def link(seconds: float, latency: float = 0.0, parallelism: int = 1, depth: int 
 
 
 def machine(capacity: int, *links: Link, cost: StepCost = COST, **changes: Any) -> Machine:
-    return Machine(hardware(*links), 1_000_000, capacity, cost=cost, **changes)
+    changes = {"expert_bytes": 1_000_000} | changes
+    return Machine(hardware(*links), capacity=capacity, cost=cost, **changes)
+
+
+def fits(demand: Demand, of: Machine) -> bool:
+    """No event is larger than its cache."""
+    taken_V = np.diff(demand.starts_V) * np.tile(units_L(demand.topology, of.expert_bytes), demand.steps)
+    held_G = capacities(of, demand)
+    return bool((taken_V <= np.tile(np.broadcast_to(held_G, demand.topology.layers), demand.steps)).all())
 
 
 def demand_of(ids: Sequence[Any], topology: Topology, prompt: int = 0, **options: Any) -> Demand:
@@ -100,12 +114,24 @@ def links(draw: st.DrawFn) -> Link:
 
 
 @st.composite
-def machines(draw: st.DrawFn, demand: Demand, **changes: Any) -> Machine:
+def machines(draw: st.DrawFn, demand: Demand, sized: bool = True, **changes: Any) -> Machine:
+    """With ``sized``, every other one has experts of different sizes, and a capacity in bytes."""
     topology = demand.topology
     per_layer = draw(st.booleans())
     least = topology.top_k * (topology.layers if per_layer else 1)
-    capacity = draw(st.integers(least, topology.layers * topology.experts))
-    return machine(capacity, draw(links()), per_layer=per_layer, **changes)
+    if sized and draw(st.booleans()):
+        sizes = tuple(draw(st.lists(st.sampled_from(SIZES), min_size=topology.layers, max_size=topology.layers)))
+        # In equal parts of what each layer has, the share of one is that of all.
+        least *= max(sizes) if not per_layer else 1
+        everything = all_units(topology, sizes)
+        if per_layer:
+            least = -(-topology.top_k * everything // topology.experts)
+        seconds = tuple(0.37 + 0.11 * layer for layer in range(topology.layers))
+        cost = replace(COST, expert_seconds_by_layer=seconds, token_seconds_by_layer=seconds[::-1])
+        changes |= {"expert_bytes": sizes, "cost": cost}
+    else:
+        everything = topology.layers * topology.experts
+    return machine(draw(st.integers(least, everything)), draw(links()), per_layer=per_layer, **changes)
 
 
 @st.composite

@@ -417,6 +417,21 @@ def test_the_bytes_of_an_expert_are_those_of_the_checkpoint(tokenizer: Any, tmp_
     assert topology_of_model(model, FAMILIES["gpt_oss"], "decoder", packed).bytes_per_expert == QUANTISED[1][3]
 
 
+def test_layers_that_are_stored_otherwise_have_a_size_of_their_own(tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Mixed quantisation; twelve layers, so that the tenth comes before the second in the order of names."""
+    model = tiny_model("qwen3_moe", **sizes("qwen3_moe"), num_hidden_layers=12)
+
+    def some_in_float8(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return in_float8(name, tensor) if ".layers.2." in f".{name}" or ".layers.10." in f".{name}" else {name: tensor}
+
+    mixed = rewritten(saved(model, tokenizer, tmp_path / "model"), FP8, some_in_float8)
+    topology = topology_of_model(model, FAMILIES["qwen3_moe"], "decoder", mixed)
+    whole = 4 * 3 * 32 * 16
+    expected = tuple(whole // 4 if layer in {2, 10} else whole for layer in range(12))
+    assert topology.bytes_per_expert_by_layer == expected
+    assert topology.bytes_per_expert is None
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("llama4", 3 * 32 * 48), ("jetmoe", 3 * 32 * 48), ("longcat_flash", 3 * 32 * 16)]
 )

@@ -71,6 +71,46 @@ def test_same_misses_as_a_slow_one(name: str, demand: Demand, capacity: int, per
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@given(
+    demand=demands(),
+    sizes=st.tuples(*[st.integers(1, 7)] * 3),
+    more=st.integers(0, 60),
+    per_layer=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_same_misses_as_a_slow_one_where_sizes_differ(
+    name: str, demand: Demand, sizes: tuple[int, ...], more: int, per_layer: bool
+) -> None:
+    """Capacities are bytes, from the largest expert's size on: also events that run in waves."""
+    sizes = sizes[: demand.topology.layers]
+    wanted = wishes(demand, name)
+    counts = replay_cache(
+        demand, name, max(sizes) + more, per_layer=per_layer, wanted=wanted, keep_misses=True, expert_bytes=sizes
+    )
+    missed, evictions = replay_reference(
+        demand, name, max(sizes) + more, per_layer=per_layer, wanted=wanted, sizes=sizes
+    )
+    assert counts.missed_M is not None
+    assert counts.missed_M.tolist() == missed
+    assert counts.evictions == evictions
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"slru", "s3-fifo"}))
+@given(demand=demands(), capacity=st.integers(1, 18), per_layer=st.booleans(), size=st.integers(1, 9))
+@settings(deadline=None, max_examples=20)
+def test_equal_sizes_in_bytes_are_experts(name: str, demand: Demand, capacity: int, per_layer: bool, size: int) -> None:
+    """All but those that share the capacity out among queues, whose parts need not be whole experts."""
+    wanted = wishes(demand, name)
+    sizes = (size,) * demand.topology.layers
+    of_bytes = replay_cache(
+        demand, name, capacity * size, per_layer=per_layer, wanted=wanted, keep_misses=True, expert_bytes=sizes
+    )
+    of_experts = replay_cache(demand, name, capacity, per_layer=per_layer, wanted=wanted, keep_misses=True)
+    assert (of_bytes.missed_M == of_experts.missed_M).all()
+    assert of_bytes.evictions == of_experts.evictions
+
+
+@pytest.mark.parametrize("name", POLICIES)
 @given(demand=demands(), capacity=st.integers(1, 18), per_layer=st.booleans(), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=12)
 def test_what_is_in_use_stays_and_the_capacity_holds(

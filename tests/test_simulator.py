@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulation_reference import Reference
-from simulation_worlds import demand_of, demands, hardware, link, links, machine, machines, runs, topology_of
+from simulation_worlds import demand_of, demands, fits, hardware, link, links, machine, machines, runs, topology_of
 from specmoe.errors import SpecmoeError
 from specmoe.offload.admission.registry import Admission
+from specmoe.offload.capacity import bytes_L, units_L
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Link
 from specmoe.offload.prefetchers.predictions import Predictions
@@ -42,13 +43,9 @@ def compare(demand: Demand, of: Machine, run: Run) -> None:
     assert outcome.largest == reference.largest
     assert outcome.seconds == pytest.approx(seconds, rel=1e-9)
     assert outcome.stall == pytest.approx(reference.stall, rel=1e-9, abs=1e-9)
-    passed = reference.moved * of.expert_bytes / of.hardware.links[0].bandwidth
+    assert outcome.demand_bytes + outcome.prefetch_bytes == reference.moved
+    passed = reference.moved / of.hardware.links[0].bandwidth
     assert outcome.link_seconds[0] == pytest.approx(passed, rel=1e-9)
-
-
-def fits(demand: Demand, of: Machine) -> bool:
-    """No event is larger than its cache."""
-    return bool(np.diff(demand.starts_V).max() <= capacities(of, demand).min())
 
 
 @settings(max_examples=150, deadline=None)
@@ -176,13 +173,17 @@ def test_a_host_that_holds_all_reads_the_disk_once(data: st.DataObject) -> None:
     demand = data.draw(demands())
     of = data.draw(machines(demand))
     slow = data.draw(links()).model_copy(update={"name": "disk"})
-    everything = demand.topology.layers * demand.topology.experts
-    of = replace(of, hardware=hardware(slow, of.hardware.links[0]), host_capacity=max(everything, 8))
+    everything = int(units_L(demand.topology, of.expert_bytes).max()) * max(
+        demand.topology.layers * demand.topology.experts, 8
+    )
+    of = replace(of, hardware=hardware(slow, of.hardware.links[0]), host_capacity=everything)
     outcome = simulate(demand, of)
     host = {name: sum(phase[name] for phase in outcome.host_counts.values()) for name in COUNTS}
     assert host["misses"] == len(np.unique(demand.keys_M))
     assert host["evictions"] == 0
-    assert outcome.link_seconds[0] == pytest.approx(host["misses"] * of.expert_bytes / slow.bandwidth)
+    size_L = bytes_L(demand.topology, of.expert_bytes)
+    read = size_L[np.unique(demand.keys_M) // demand.topology.experts].sum()
+    assert outcome.link_seconds[0] == pytest.approx(read / slow.bandwidth)
 
 
 @settings(max_examples=150, deadline=None)
@@ -194,7 +195,8 @@ def test_a_disk_that_takes_no_time_equals_two_tiers(data: st.DataObject) -> None
     free = Link(name="free", bandwidth=1e30, latency=0.0, parallelism=4, queue_depth=1 << 10)
     bus = of.hardware.links[0].model_copy(update={"queue_depth": 1 << 10})
     two = replace(of, hardware=hardware(bus))
-    three = replace(of, hardware=hardware(free, bus), host_capacity=64)
+    host = 64 * int(units_L(demand.topology, of.expert_bytes).max())
+    three = replace(of, hardware=hardware(free, bus), host_capacity=host)
     below, above = simulate(demand, two, run), simulate(demand, three, run)
     if run.admission is None:
         assert above.counts == below.counts

@@ -12,15 +12,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulation_worlds import COST, demands, hardware, link, links, machine, machines, records_of, runs, topology_of
+from simulation_worlds import (
+    demand_of,
+    demands,
+    fits,
+    hardware,
+    link,
+    links,
+    machine,
+    machines,
+    records_of,
+    runs,
+    topology_of,
+)
 from specmoe.offload import simulator
 from specmoe.offload.admission.registry import Admission
+from specmoe.offload.bound import fewest_loads
 from specmoe.offload.cache import replay_cache
+from specmoe.offload.capacity import units_L
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Hardware, Link
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.prefetchers.predictions import perfect
-from specmoe.offload.simulation.state import Tier
+from specmoe.offload.simulation.state import COUNTS, Tier
 from specmoe.offload.simulator import Machine, Outcome, Run, capacities, compute_seconds, least_seconds, simulate
 
 TIMED = [name for name in POLICIES if name != "belady-bypass"]
@@ -33,10 +47,6 @@ def any_run(data: st.DataObject, demand: Demand) -> Run:
 
 def any_policy(data: st.DataObject, run: Run) -> str:
     return "belady" if run.reach else data.draw(st.sampled_from(TIMED))
-
-
-def fits(demand: Demand, of: Machine) -> bool:
-    return bool(np.diff(demand.starts_V).max() <= capacities(of, demand).min())
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +70,16 @@ def check_tier(tier: Tier, counts: dict[str, dict[str, int]]) -> None:
     under_way = int(np.isfinite(tier.copies["arrival"]).sum())
     held, flights = int(tier.own["held"][0]), int(tier.own["flights"][0])
     assert flights == under_way
-    assert held == resident + under_way == tier.cache.caches["size"].sum()
+    assert held == resident + under_way
+    there = tier.cache.keys["resident"][: tier.cache.experts] | np.isfinite(tier.copies["arrival"])
+    layer_N = tier.cache.keys["layer"][: tier.cache.experts]
+    assert tier.cache.units_L[layer_N[there]].sum() == tier.cache.caches["size"].sum()
     assert (tier.cache.caches["size"] <= tier.cache.caches["capacity"]).all()
-    assert held <= tier.own["largest"][0] <= tier.cache.caches["capacity"].sum()
+    assert held <= tier.own["largest"][0] <= tier.cache.caches["capacity"].sum() // tier.cache.units_L.min()
     moved = total["misses"] + total["prefetched"]
     assert moved == total["evictions"] + held
-    assert tier.own["busy"][0] == pytest.approx(moved * tier.own["seconds"][0])
+    moved_L = tier.counts.sum(0)[:, [COUNTS.index("misses"), COUNTS.index("prefetched")]].sum(1)
+    assert tier.own["busy"][0] == pytest.approx(moved_L @ tier.seconds_L)
     assert total["prefetched"] == total["used"] + total["late"] + total["wasted"]
     assert total["accesses"] == total["hits"] + total["misses"] + total["late"]
     assert total["used"] <= total["hits"]
@@ -99,7 +113,8 @@ def test_nothing_is_lost_between_two_tiers(tiers: list[Tier], data: st.DataObjec
     check_tier(device, outcome.counts)
     check_times(demand, of, outcome)
     assert outcome.count("accesses") == demand.accesses
-    assert outcome.largest <= outcome.capacity == capacities(of, demand).sum() <= of.capacity
+    assert outcome.capacity == capacities(of, demand).sum() <= of.capacity
+    assert outcome.largest * units_L(demand.topology, of.expert_bytes).min() <= outcome.capacity
 
 
 @settings(max_examples=150, deadline=None)
@@ -109,9 +124,11 @@ def test_nothing_is_lost_between_three_tiers(tiers: list[Tier], data: st.DataObj
     run = any_run(data, demand)
     of = data.draw(machines(demand, policy=any_policy(data, run), host_policy=data.draw(st.sampled_from(ONLINE))))
     disk = data.draw(links())
-    least = demand.topology.top_k + disk.parallelism
+    unit = int(units_L(demand.topology, of.expert_bytes).max())
+    least = (demand.topology.top_k + disk.parallelism) * unit
     disk = disk.model_copy(update={"name": "disk"})
-    of = replace(of, hardware=hardware(disk, of.hardware.links[0]), host_capacity=data.draw(st.integers(least, 24)))
+    held = data.draw(st.integers(least, 24 * unit))
+    of = replace(of, hardware=hardware(disk, of.hardware.links[0]), host_capacity=held)
     tiers.clear()
     outcome = simulate(demand, of, run)
     device, host = tiers
@@ -144,11 +161,10 @@ def test_misses_are_those_of_the_cache_alone(policy: str, data: st.DataObject) -
     """Shared and per layer, and also where events are larger than the cache."""
     demand = data.draw(demands(largest_batch=5))
     of = data.draw(machines(demand, policy=policy))
-    caches = demand.topology.layers if of.per_layer else 1
-    each = of.capacity // caches
     wanted = usage_wanted(demand).astype(np.float32) if POLICIES[policy].needs == "predictor" else None
-    alone = replay_cache(demand, policy, each, per_layer=of.per_layer, wanted=wanted)
-    outcome = simulate(demand, replace(of, capacity=each * caches))
+    held_G = capacities(of, demand)
+    alone = replay_cache(demand, policy, held_G, per_layer=of.per_layer, wanted=wanted, expert_bytes=of.expert_bytes)
+    outcome = simulate(demand, of)
     assert outcome.count("misses") == alone.misses
     assert outcome.count("evictions") == alone.evictions
     assert outcome.counts["prefill"]["misses"] == alone.prefill_misses
@@ -160,22 +176,59 @@ def test_nothing_is_faster_than_the_bound(data: st.DataObject) -> None:
     demand = data.draw(demands())
     run = any_run(data, demand)
     of = data.draw(machines(demand, policy=any_policy(data, run)))
-    best = replay_cache(
-        demand, "belady-bypass", int(capacities(of, demand).max()), per_layer=of.per_layer, keep_misses=True
-    )
+    loaded_V = fewest_loads(demand, capacities(of, demand), per_layer=of.per_layer, expert_bytes=of.expert_bytes)
+    least = least_seconds(demand, of, loaded_V)
+    assert of.cost is not None
+    assert least >= compute_seconds(demand, of.cost) * (1 - 1e-12)
+    assert simulate(demand, of, run).seconds >= least * (1 - 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_bound_is_beladys_with_bypass_where_experts_are_alike(data: st.DataObject) -> None:
+    demand = data.draw(demands())
+    of = data.draw(machines(demand, sized=False))
+    held_G = capacities(of, demand)
+    best = replay_cache(demand, "belady-bypass", held_G, per_layer=of.per_layer, keep_misses=True)
     assert best.missed_M is not None
     event_M = np.repeat(np.arange(demand.events), np.diff(demand.starts_V))
-    missed_V = np.bincount(event_M, weights=best.missed_M, minlength=demand.events).astype(np.int64)
-    least = least_seconds(demand, of, missed_V)
-    assert least >= compute_seconds(demand, COST) * (1 - 1e-12)
-    assert simulate(demand, of, run).seconds >= least * (1 - 1e-12)
+    missed_V = np.bincount(event_M, weights=best.missed_M, minlength=demand.events)
+    assert fewest_loads(demand, held_G, per_layer=of.per_layer).tolist() == missed_V.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_cache_loads_fewer_bytes_than_the_bound(data: st.DataObject) -> None:
+    """At no event, under no policy, with sizes or without."""
+    demand = data.draw(demands())
+    of = data.draw(machines(demand))
+    held_G, layout = capacities(of, demand), {"per_layer": of.per_layer, "expert_bytes": of.expert_bytes}
+    least_V = fewest_loads(demand, held_G, **layout).cumsum()
+    event_M = np.repeat(np.arange(demand.events), np.diff(demand.starts_V))
+    taken_M = units_L(demand.topology, of.expert_bytes)[event_M % demand.topology.layers]
+    for policy, info in POLICIES.items():
+        if info.needs != "predictor":
+            counts = replay_cache(demand, policy, held_G, keep_misses=True, **layout)
+            loaded_V = np.bincount(event_M, weights=taken_M * counts.missed_M, minlength=demand.events).cumsum()
+            assert (least_V <= loaded_V).all(), policy
+
+
+def test_beladys_rule_is_not_the_best_where_sizes_differ() -> None:
+    """Three small experts, all needed a little later than a large one: four misses to save or one."""
+    small = [[-1, 0], [-1, 1], [-1, 2]]
+    steps = [[0, -1], *small, *small, [1, -1], [0, -1], *small]
+    demand = demand_of([[[layer] for layer in step] for step in steps], topology_of(2, 3, 1))
+    misses = {name: replay_cache(demand, name, 6, expert_bytes=(3, 1)).misses for name in ("lfu", "belady")}
+    # The seventh step's large one pushes out the first large one under LFU, and under Belady's rule all small ones.
+    assert misses == {"lfu": 6, "belady": 8}
+    assert fewest_loads(demand, 6, expert_bytes=(3, 1)).sum() <= 3 * 3 + 3
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_belady_has_the_fewest_misses(data: st.DataObject) -> None:
     demand = data.draw(demands())
-    of = data.draw(machines(demand))
+    of = data.draw(machines(demand, sized=False))
     if fits(demand, of):
         best = simulate(demand, replace(of, policy="belady")).count("misses")
         assert all(best <= simulate(demand, replace(of, policy=policy)).count("misses") for policy in ONLINE)
@@ -203,7 +256,8 @@ def test_a_link_that_takes_no_time_makes_all_equal(data: st.DataObject) -> None:
     of = data.draw(machines(demand, policy=any_policy(data, run)))
     of = replace(of, hardware=hardware(Link(name="free", bandwidth=1e30, latency=0.0, parallelism=2)))
     outcome = simulate(demand, of, run)
-    assert outcome.seconds == pytest.approx(compute_seconds(demand, COST), rel=1e-12)
+    assert of.cost is not None
+    assert outcome.seconds == pytest.approx(compute_seconds(demand, of.cost), rel=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -262,7 +316,8 @@ def test_a_slower_link_is_never_faster_without_prefetching(data: st.DataObject) 
 def test_more_room_is_never_slower_for_lru_without_prefetching(data: st.DataObject) -> None:
     demand = data.draw(demands())
     of = data.draw(machines(demand))
-    larger = replace(of, capacity=of.capacity + data.draw(st.integers(1, 8)))
+    more = data.draw(st.integers(1, 8)) * int(units_L(demand.topology, of.expert_bytes).min())
+    larger = replace(of, capacity=of.capacity + more)
     if fits(demand, of):
         assert simulate(demand, larger).seconds <= simulate(demand, of).seconds * (1 + 1e-12)
 

@@ -23,7 +23,7 @@ from specmoe.dataset import Window, Windows, ahead
 from specmoe.errors import SpecmoeError
 from specmoe.topology import Topology
 
-__all__ = ["Residency", "cache_size", "cold_in_stream", "replay"]
+__all__ = ["Residency", "cache_size", "cold_in_stream", "replay", "sizes_by_layer"]
 
 # Tokens x layers x experts looked at in one go: what stays in the processor's cache.
 _CHUNK = 1 << 18
@@ -31,6 +31,8 @@ _CHUNK = 1 << 18
 
 def cache_size(topology: Topology, experts: int | None = None) -> int:
     """Experts that the stated cache holds in every layer: a quarter of them, but at least K; or the number asked for.
+
+    Where layers have different numbers of experts, that is what it holds in the largest: see :func:`sizes_by_layer`.
 
     Raises:
         SpecmoeError: fewer than K, which one access needs, or more than there are.
@@ -45,8 +47,21 @@ def cache_size(topology: Topology, experts: int | None = None) -> int:
     return experts
 
 
+def sizes_by_layer(topology: Topology, cache_experts: int) -> Tensor:
+    """Experts that the stated cache holds in each layer: int64 [L].
+
+    Where it holds a quarter of the largest layer's experts it holds a quarter of each layer's, but at least K; else the
+    number asked for, or all of a layer that has fewer.
+    """
+    if topology.experts_per_layer is None:
+        return torch.full((topology.layers,), cache_experts)
+    if cache_experts == cache_size(topology):
+        return torch.tensor([max(topology.top_k, math.ceil(experts / 4)) for experts in topology.experts_L])
+    return torch.tensor(topology.experts_L).clamp_max(cache_experts)
+
+
 def cold_in_stream(
-    expert_ids_NLK: Tensor, experts: int, cache_experts: int, lags: Sequence[int] = (1,)
+    expert_ids_NLK: Tensor, experts: int, cache_experts: int | Tensor, lags: Sequence[int] = (1,)
 ) -> dict[int, Tensor]:
     """Replay a stream of tokens: which experts does the cache not hold shortly before they are needed?
 
@@ -55,7 +70,7 @@ def cold_in_stream(
 
     Args:
         expert_ids_NLK: integers; negative numbers and those from ``experts`` on are no expert.
-        experts: E. cache_experts: n, at least K.
+        experts: E. cache_experts: n, at least K; or int64 [L], one for each layer.
         lags: how many tokens before the access the cache is looked at; 1 is the miss at the access itself.
 
     Returns:
@@ -94,7 +109,7 @@ class Residency:
     """What the cache lacks at every event of some windows.
 
     Attributes:
-        cache_experts: n, in every layer. layers: L.
+        cache_experts: n, in every layer; in the largest where they differ. layers: L.
         cold_NLK: by lag (tokens between the state of the cache and the place foreseen), see :func:`cold_in_stream`.
         start_W: for each window, the number in the stream of its first token.
         needed: experts that were needed in the whole stream. missed: of these, how many the cache lacked.
@@ -133,7 +148,7 @@ def replay(windows: Windows, horizons: Iterable[int], cache_experts: int) -> Res
     # Every token of a document is scored in one window, and windows lie in the order of the documents.
     stream_NLK = windows.expert_ids[windows.scored]
     lags = sorted({1, *(_lag(h, layers) for h in horizons)})
-    cold = cold_in_stream(stream_NLK, windows.topology.experts, cache_experts, lags)
+    cold = cold_in_stream(stream_NLK, windows.topology.experts, sizes_by_layer(windows.topology, cache_experts), lags)
     scored_W = windows.scored.sum(1)
     context_W = (windows.valid & ~windows.scored).sum(1)
     needed = int(((stream_NLK >= 0) & (stream_NLK < windows.topology.experts)).sum())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 import torch
 from text_samples import BIGMOEONEDGE_HEAD, TOP_K, bigmoeonedge, refused, routing, run
 
+from specmoe.offload.cache import replay_cache
+from specmoe.offload.capacity import parse_capacity
+from specmoe.offload.demand import Demand
 from specmoe.trace import Phase
 
 PROMPT = 5
@@ -28,7 +33,8 @@ def test_everything_arrives(tmp_path: Path) -> None:
     topology = trace.topology
     assert (topology.layers, topology.experts, topology.top_k) == (3, 32, TOP_K)
     assert topology.model_id == "qwen3.gguf"
-    assert topology.bytes_per_expert == round((1001 + 1002 + 1005) / 3)
+    assert topology.bytes_per_expert is None
+    assert topology.bytes_per_expert_by_layer == (1001, 1002, 1005)
     settings = trace.manifest.source.settings
     assert settings["layers"] == [1, 2, 5]
     assert settings["expert_bytes"] == [1001, 1002, 1005]
@@ -115,3 +121,92 @@ def test_files_of_different_models_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path / "in", body, name="a.csv")
     write(tmp_path / "in", body, BIGMOEONEDGE_HEAD.replace("n_expert=32", "n_expert=64"), name="b.csv")
     refused(tmp_path / "in", tmp_path / "trace", "different models")
+
+
+def test_turns_of_a_file_are_one_group_and_files_are_not(tmp_path: Path) -> None:
+    body = bigmoeonedge(routing(4), prompt=1) + bigmoeonedge(routing(3, 1), prompt=1, turn=1)
+    write(tmp_path / "in", body, name="a.csv")
+    write(tmp_path / "in", bigmoeonedge(routing(5, 2), prompt=1), name="b.csv")
+    trace, _ = run(tmp_path / "in", tmp_path / "trace")
+    assert [document.group for document in trace.documents] == ["a.csv", "a.csv", "b.csv"]
+
+
+def test_one_size_is_one_number_and_an_unknown_size_is_none(tmp_path: Path) -> None:
+    body = bigmoeonedge(routing(4), prompt=1)
+    alike = re.sub(r"expert_bytes=10\d\d", "expert_bytes=1001", BIGMOEONEDGE_HEAD)
+    topology = run(write(tmp_path, body, alike), tmp_path / "alike")[0].topology
+    assert (topology.bytes_per_expert, topology.bytes_per_expert_by_layer) == (1001, None)
+    gap = BIGMOEONEDGE_HEAD.replace("expert_bytes=1002", "expert_bytes=0")
+    topology = run(write(tmp_path, body, gap), tmp_path / "gap")[0].topology
+    assert topology.expert_bytes is None
+
+
+# The engine's own cache, once more: least recently used, a budget in bytes, layers of two sizes
+
+SMALL, LARGE = 2_654_208, 3_059_712
+BY_LAYER = (LARGE, LARGE, SMALL, SMALL, LARGE, SMALL)
+PROMPT_TOKENS, TOKENS, CHOSEN, BUDGET = 12, 160, 4, 100 << 20
+
+
+def phone_trace() -> str:
+    """As the engine writes it: the prompt by layers, of the last one only the last token; then token by token."""
+    rng = np.random.default_rng(0)
+    popular = rng.gumbel(size=(len(BY_LAYER), 32)) * 1.2
+    head = f"# route_trace v1\n# model=/data/q.gguf arch=qwen3moe n_layer=6 n_expert=32 n_expert_used={CHOSEN}\n"
+    head += "".join(f"# layer={n} expert_bytes={size} dense_bytes=11953152\n" for n, size in enumerate(BY_LAYER))
+    head += "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
+    noise = rng.gumbel(size=(TOKENS, len(BY_LAYER), 32))
+    ids = np.argsort(-(popular + noise), -1)[..., :CHOSEN]
+    prompt = [(token, layer) for layer in range(len(BY_LAYER)) for token in range(PROMPT_TOKENS)]
+    written = [(token, layer) for token in range(PROMPT_TOKENS, TOKENS) for layer in range(len(BY_LAYER))]
+    rows = []
+    for token, layer in [*prompt, *written]:
+        if token < PROMPT_TOKENS - 1 and layer == len(BY_LAYER) - 1:
+            continue
+        phase = int(token >= PROMPT_TOKENS)
+        for slot, expert in enumerate(ids[token, layer].tolist()):
+            rows.append(f"0,{phase},{token},{layer},{slot},{expert},{0.4 / (slot + 1):.6f},0,{BY_LAYER[layer]}\n")
+    return head + "".join(rows)
+
+
+def counted_by_hand(text: str, budget: float, sizes: Sequence[float]) -> tuple[int, int]:
+    """Hits and accesses of an LRU in bytes, from the lines of the file alone.
+
+    A layer is asked once for all that it needs, in the prompt for all tokens together. What it misses comes in, and
+    then the oldest leave until the budget holds.
+    """
+    calls: dict[tuple[int, int, int], set[int]] = {}
+    for line in text.splitlines():
+        if line[0].isdigit():
+            _, phase, step, layer, _, expert, *_ = line.split(",")
+            place = (int(phase), int(step) if phase == "1" else 0, int(layer))
+            calls.setdefault(place, set()).add(int(expert))
+    cache: OrderedDict[tuple[int, int], float] = OrderedDict()
+    hits = accesses = 0
+    for (_, _, layer), experts in sorted(calls.items()):
+        for expert in sorted(experts, reverse=True):
+            accesses += 1
+            hits += (layer, expert) in cache
+            cache[layer, expert] = sizes[layer]
+            cache.move_to_end((layer, expert))
+        while sum(cache.values()) > budget:
+            cache.popitem(last=False)
+    return hits, accesses
+
+
+def test_a_replay_counts_the_hits_of_the_engines_cache(tmp_path: Path) -> None:
+    text = phone_trace()
+    trace, _ = run(write(tmp_path, text, head=""), tmp_path / "trace")
+    assert trace.topology.expert_bytes == BY_LAYER
+    demand = Demand.of_trace(trace, [0])
+    capacity = parse_capacity("100MiB", trace.topology, trace.topology.expert_bytes)
+    assert capacity == BUDGET
+    counts = replay_cache(demand, "lru", capacity, expert_bytes=trace.topology.expert_bytes)
+    hits, accesses = counted_by_hand(text, BUDGET, BY_LAYER)
+    assert (counts.hits, counts.accesses) == (hits, accesses)
+    assert 0.4 < hits / accesses < 0.9
+    # With the mean of both sizes another number comes out, so bytes by layer were really used.
+    mean = sum(BY_LAYER) / len(BY_LAYER)
+    of_one_size = replay_cache(demand, "lru", int(BUDGET // mean)).hits
+    assert of_one_size == counted_by_hand(text, BUDGET, [mean] * len(BY_LAYER))[0]
+    assert of_one_size != hits

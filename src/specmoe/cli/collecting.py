@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
+from specmoe.errors import SpecmoeError
 
 __all__ = ["register"]
 
@@ -87,7 +88,10 @@ def import_(
         str | None, typer.Option(help="Name of the format, as specmoe formats lists them; default: recognised.")
     ] = None,
     model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
-    experts: Annotated[int | None, typer.Option(min=1, help="Experts in a layer, where the file does not say.")] = None,
+    experts: Annotated[
+        str,
+        typer.Option(help="Experts in a layer, where the file does not say; with commas one for each MoE layer."),
+    ] = "",
     axes: Annotated[
         str | None,
         typer.Option(help="Axes of arrays of experts, in order, such as layers,tokens,k; default: tokens,layers,k."),
@@ -104,8 +108,13 @@ def import_(
     from specmoe.sources.importers.axes import axes_of
     from specmoe.trace import Trace
 
+    counts = _experts(experts)
     options = ImportOptions(
-        model_id=model_id, experts=experts, axes=None if axes is None else axes_of(axes), group_by=group_by
+        model_id=model_id,
+        experts=max(counts, default=None),
+        experts_per_layer=counts if len(counts) > 1 else None,
+        axes=None if axes is None else axes_of(axes),
+        group_by=group_by,
     )
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
@@ -126,5 +135,13 @@ def _tell(trace: object, as_json: bool, warnings: list[str] | None = None) -> No
     shape = facts.topology
     typer.echo(
         f"{trace.directory}: {facts.tokens:,} tokens in {facts.documents} documents of {facts.domains} domains, "
-        f"{shape.layers} MoE layers × {shape.experts} experts, top-{shape.top_k}; keeps {', '.join(facts.fields)}"
+        f"{shape.layers} MoE layers × {shape.experts_text} experts, top-{shape.top_k}; keeps {', '.join(facts.fields)}"
     )
+
+
+def _experts(text: str) -> tuple[int, ...]:
+    """``64`` or, one for each MoE layer, ``56,40,28``; empty where nothing is said."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and 1 <= int(part) <= 32767 for part in parts):
+        raise SpecmoeError(f"--experts {text!r} cannot be read; give a number like 64, or one for each layer: 56,40,28")
+    return tuple(map(int, parts))

@@ -30,7 +30,7 @@ def _wrapped(label: str, text: str) -> list[str]:
 def _head(result: Validation) -> Iterator[str]:
     shape, facts = result.topology, result.documents
     yield (
-        f"{result.trace}: {shape.model_id} ({result.kind}), {shape.layers} MoE layers × {shape.experts} experts, "
+        f"{result.trace}: {shape.model_id} ({result.kind}), {shape.layers} MoE layers × {shape.experts_text} experts, "
         f"top-{shape.top_k}"
     )
     yield from _wrapped("fields", ", ".join(result.fields))

@@ -78,7 +78,7 @@ def _document_facts(documents: list[DocumentRecord], scan: Scan) -> DocumentFact
 
 
 def _layer_facts(scan: Scan, layer: int) -> LayerFacts:
-    load_E, top_k = scan.load_LE[layer], scan.topology.top_k
+    load_E, top_k = scan.load_LE[layer, : scan.topology.experts_L[layer]], scan.topology.top_k
     total, experts = int(load_E.sum()), len(load_E)
     joint = scan.joint_LGG
     return LayerFacts(

@@ -7,6 +7,8 @@ time the one with the larger id counts as used earlier (the rule of ``residency`
 An event of more experts than the cache holds runs in waves: when every resident expert is in use, those are released
 and the event goes on, as an engine must that computes with what it has and then loads the next.
 
+Where experts differ in size by layer, capacities are bytes, and experts leave until the one that comes fits.
+
 Letters: V events, M accesses, N experts of the model, L layers.
 """
 
@@ -21,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
+from specmoe.offload.capacity import ExpertBytes, units_L
 from specmoe.offload.compiled import compiled
 from specmoe.offload.demand import Demand
 from specmoe.offload.policies import belady
 from specmoe.offload.policies.dispatch import BELADY_BYPASS, admit, hit, insert, victim
+from specmoe.offload.policies.queues import units_of
 from specmoe.offload.policies.registry import policy_named
 from specmoe.offload.policies.state import PolicyState, make_state
 from specmoe.topology import Topology
@@ -38,7 +42,8 @@ class CacheCounts:
     """What a replay came to. Accesses are experts of events; an expert that several tokens of a step share is one.
 
     Attributes:
-        policy: its name. capacity: experts held, by each cache. per_layer: a cache for each layer, or one for all.
+        policy: its name. capacity: units held (see ``offload.capacity``) by each cache, by all together if they differ.
+        per_layer: a cache for each layer, or one for all.
         accesses, misses: of all events. cold: misses of experts that were never needed before, which no policy avoids.
         evictions: experts that left. bypassed: misses that were not kept.
         prefill_accesses, prefill_misses: of prefill steps; what remains is decode.
@@ -79,38 +84,58 @@ class CacheCounts:
         return self.misses - self.prefill_misses
 
 
-def empty_caches(topology: Topology, capacity: int, *, per_layer: bool = False) -> PolicyState:
+def empty_caches(
+    topology: Topology,
+    capacity: int | NDArray[np.int64],
+    *,
+    per_layer: bool = False,
+    expert_bytes: ExpertBytes | None = None,
+) -> PolicyState:
     """The state of empty caches of a model: one that the layers share, or one for each layer.
 
     Args:
-        topology: of the model. capacity: experts that each cache may hold. per_layer: as said.
+        topology: of the model. capacity: units that each cache may hold, or int64 with a number for each. per_layer: as
+            said. expert_bytes: by layer where sizes differ, and units are bytes.
 
     Raises:
-        SpecmoeError: not even one expert.
+        SpecmoeError: not even one expert, or not a capacity for each cache.
     """
-    if capacity < 1:
-        raise SpecmoeError(f"a cache of {capacity} experts holds nothing; choose at least 1")
     layers, experts = topology.layers, topology.experts
     layer_N = np.repeat(np.arange(layers, dtype=np.int32), experts)
     group_N = layer_N if per_layer else np.zeros(layers * experts, dtype=np.int32)
-    capacity_G = np.full(layers if per_layer else 1, capacity, dtype=np.int64)
-    return make_state(group_N, layer_N, capacity_G, layers)
+    groups, taken_L = layers if per_layer else 1, units_L(topology, expert_bytes)
+    if isinstance(capacity, np.ndarray) and capacity.shape != (groups,):
+        raise SpecmoeError(f"{capacity.size} capacities do not go with {groups} caches")
+    capacity_G = np.broadcast_to(np.asarray(capacity, dtype=np.int64), groups).copy()
+    least_G = taken_L if per_layer else taken_L.max(keepdims=True)
+    if (capacity_G < least_G).any():
+        small = int((capacity_G < least_G).argmax())
+        if isinstance(expert_bytes, tuple):
+            raise SpecmoeError(
+                f"a cache of {capacity_G[small]:,} bytes holds nothing; choose at least {least_G[small]:,}, the size "
+                "of an expert"
+            )
+        raise SpecmoeError(f"a cache of {capacity_G[small]} experts holds nothing; choose at least 1")
+    return make_state(group_N, layer_N, capacity_G, layers, taken_L)
 
 
 def replay_cache(
     demand: Demand,
     policy: str,
-    capacity: int,
+    capacity: int | NDArray[np.int64],
     *,
     per_layer: bool = False,
     wanted: NDArray[np.float32] | None = None,
     keep_misses: bool = False,
+    expert_bytes: ExpertBytes | None = None,
 ) -> CacheCounts:
     """Send a stream through a cache that starts empty.
 
     Args:
         demand: the stream. policy: its name in ``POLICIES``.
-        capacity: experts held, in all, or in each layer with ``per_layer``.
+        capacity: experts held, in all, or in each layer with ``per_layer``; int64 [L] if layers differ in it.
+        expert_bytes: by layer where sizes differ: ``capacity`` is bytes then, and experts leave until the one that
+            comes fits. None, or one size: it is experts.
         wanted: float [V, E], for ``predicted`` only: how much each expert of an event's layer is wanted once that event
             has its own, as known when the event runs; larger is more.
         keep_misses: also return for each access whether it missed.
@@ -129,7 +154,7 @@ def replay_cache(
         raise SpecmoeError(f"wanted has the shape {wanted.shape}, the stream needs {shape} (events, experts)")
     elif np.isnan(wanted).any():
         raise SpecmoeError("wanted holds what is not a number; a predictor whose logits are finite is asked for")
-    state = empty_caches(demand.topology, capacity, per_layer=per_layer)
+    state = empty_caches(demand.topology, capacity, per_layer=per_layer, expert_bytes=expert_bytes)
     future = info.needs == "future"
     next_use_M = demand.next_use_M if future else np.zeros(0, dtype=np.int64)
     missed_M = np.zeros(demand.accesses if keep_misses else 0, dtype=np.bool_)
@@ -153,7 +178,7 @@ def replay_cache(
     cold, evictions, bypassed, prefill_accesses, prefill_misses = totals.tolist()
     return CacheCounts(
         policy,
-        capacity,
+        capacity if isinstance(capacity, int) else int(capacity.sum()),
         per_layer,
         demand.accesses,
         int(misses_L.sum()),
@@ -170,17 +195,19 @@ def replay_cache(
 def miss_ratio_curves(
     demand: Demand,
     policies: Iterable[str],
-    capacities: Sequence[int],
+    capacities: Sequence[int] | Sequence[NDArray[np.int64]],
     *,
     per_layer: bool = False,
     wanted: Mapping[str, NDArray[np.float32]] | None = None,
     workers: int | None = None,
+    expert_bytes: ExpertBytes | None = None,
 ) -> dict[str, list[CacheCounts]]:
     """Replay a stream with every policy at every capacity, several at a time.
 
     Args:
         demand: the stream; all replays read the same arrays. policies: names. capacities: see :func:`replay_cache`.
         wanted: what :func:`replay_cache` takes, by policy. workers: threads; by default one for each core.
+        expert_bytes: as there.
 
     Returns:
         Policy → counts, in the order of the capacities.
@@ -192,9 +219,10 @@ def miss_ratio_curves(
     if any(policy_named(name).needs == "future" for name in names):
         _ = demand.next_use_M  # once, not in every thread
 
-    def one(job: tuple[str, int]) -> CacheCounts:
+    def one(job: tuple[str, int | NDArray[np.int64]]) -> CacheCounts:
         name, capacity = job
-        return replay_cache(demand, name, capacity, per_layer=per_layer, wanted=(wanted or {}).get(name))
+        wishes = (wanted or {}).get(name)
+        return replay_cache(demand, name, capacity, per_layer=per_layer, wanted=wishes, expert_bytes=expert_bytes)
 
     jobs = [(name, capacity) for name in names for capacity in capacities]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -262,21 +290,25 @@ def _replay(
                     hit(policy, state, key, event)
                 continue
             group = state.keys[key].group
-            if state.caches[group].size >= state.caches[group].capacity:
-                if not admit(policy, state, key, event):
-                    bypassed += 1
-                    continue
+            kept = True
+            while state.caches[group].size + state.units_L[layer] > state.caches[group].capacity:
+                kept = admit(policy, state, key, event)
+                if not kept:
+                    break
                 leaves = victim(policy, state, group, event)
                 if leaves < 0:
                     stamp += 1
                     state.clock[0].stamp = stamp
                     leaves = victim(policy, state, group, event)
                 state.keys[leaves].resident = False
-                state.caches[group].size -= 1
+                state.caches[group].size -= units_of(state, leaves)
                 evictions += 1
+            if not kept:
+                bypassed += 1
+                continue
             state.keys[key].resident = True
             state.keys[key].pinned = stamp
-            state.caches[group].size += 1
+            state.caches[group].size += state.units_L[layer]
             insert(policy, state, key, event)
         layer += 1
         if layer == layers:

@@ -10,7 +10,7 @@ import altair as alt
 from specmoe.files import atomic_path
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.results import RunResult, SimulationResults
-from specmoe.offload.words import gain_text
+from specmoe.offload.words import capacity_text, gain_text
 from specmoe.report.charts import Row, Spec, finish, structure, table
 from specmoe.report.theme import LIGHT, vega_config
 
@@ -29,7 +29,7 @@ def curves_chart(results: SimulationResults) -> Spec | None:
             "policy": curve.title,
             "share": 100 * point.share,
             "misses": 100 * point.miss_ratio,
-            "label": f"{100 * point.miss_ratio:.1f} % at {point.capacity} experts",
+            "label": f"{100 * point.miss_ratio:.1f} % at {capacity_text(point.capacity, results.machine.expert_bytes)}",
             "least": curve.policy.startswith("belady"),
         }
         for curve in results.curves
@@ -47,7 +47,7 @@ def curves_chart(results: SimulationResults) -> Spec | None:
     tooltip = [alt.Tooltip("policy:N"), alt.Tooltip("label:N", title="misses")]
     online = alt.Chart(table()).transform_filter("!datum.least")
     least = alt.Chart(table()).transform_filter("datum.least")
-    here = 100 * results.machine.capacity / results.machine.experts
+    here = 100 * results.machine.share
     chart = alt.layer(
         alt.Chart(table("here")).mark_rule(style="reference").encode(x=alt.X("share:Q")),
         alt.Chart(table("here"))

@@ -36,10 +36,9 @@ def result_of(
     Args:
         link: the one into the device. horizons, recall: of what was foreseen; empty where nothing was.
     """
-    size = outcome.expert_bytes
     used, late, misses = (outcome.count(name) for name in ("used", "late", "misses"))
-    transfers = misses + outcome.count("prefetched")
-    loading = max(outcome.link_seconds[-1], transfers * link.seconds(size) / link.parallelism)
+    transfers, moved = misses + outcome.count("prefetched"), outcome.demand_bytes + outcome.prefetch_bytes
+    loading = max(outcome.link_seconds[-1], link.least_seconds(moved, transfers))
     lacking = used + late + misses
     return RunResult(
         key=job.key,
@@ -66,10 +65,10 @@ def result_of(
         cold_recall=used / lacking if lacking and outcome.count("prefetched") else None,
         demand_bytes=outcome.demand_bytes,
         prefetch_bytes=outcome.prefetch_bytes,
-        used_bytes=used * size,
-        late_bytes=late * size,
-        wasted_bytes=outcome.count("wasted") * size,
-        cancelled_bytes=outcome.count("cancelled") * size,
+        used_bytes=outcome.bytes_of("used"),
+        late_bytes=outcome.bytes_of("late"),
+        wasted_bytes=outcome.bytes_of("wasted"),
+        cancelled_bytes=outcome.bytes_of("cancelled"),
         first_token=_quantiles(outcome.first_token_seconds(demand)),
         output_token=_quantiles(outcome.output_token_seconds(demand)),
         group_seconds=tuple(outcome.group_seconds(demand).round(_DIGITS).tolist()),

@@ -8,7 +8,7 @@ from specmoe.files import write_text
 from specmoe.offload.charts import bandwidth_chart, curves_chart, draw, recall_chart
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.results import PredictorFacts, SimulationResults
-from specmoe.offload.words import found, run_table, size_text
+from specmoe.offload.words import capacity_text, expert_text, found, held_text, run_table, size_text
 from specmoe.report.charts import Spec
 from specmoe.report.page import Facts, Figure, as_script, environment, made_facts, page_parts, trace_facts
 from specmoe.report.text import microseconds
@@ -138,8 +138,13 @@ def _sources(results: SimulationResults) -> list[tuple[str, str]]:
 
 def _facts(results: SimulationResults) -> list[Facts]:
     machine, demand, base = results.machine, results.demand, results.baseline
-    held = machine.capacity * machine.expert_bytes
-    host = [("host cache", f"{machine.host_capacity} experts")] if machine.host_capacity is not None else []
+    held = held_text(machine.capacity, machine.experts, machine.expert_bytes, machine.all_bytes)
+    size = f", {size_text(machine.held_bytes)}" if isinstance(machine.expert_bytes, int) else ""
+    host = (
+        [("host cache", capacity_text(machine.host_capacity, machine.expert_bytes))]
+        if machine.host_capacity is not None
+        else []
+    )
     bound = [("no run can be shorter than", _seconds(machine.bound))] if machine.bound is not None else []
     return [
         trace_facts(results.trace),
@@ -157,10 +162,10 @@ def _facts(results: SimulationResults) -> list[Facts]:
             "Machine",
             [
                 ("hardware", f"{machine.hardware.name}: {machine.hardware.description}"),
-                ("an expert", size_text(machine.expert_bytes)),
+                ("an expert", expert_text(machine.expert_bytes)),
                 (
                     "cache",
-                    f"{machine.capacity} of {machine.experts} experts, {size_text(held)} (asked: {machine.asked}), "
+                    f"{held}{size} (asked: {machine.asked}), "
                     + ("a part for each layer" if machine.per_layer else "shared by all layers"),
                 ),
                 *host,

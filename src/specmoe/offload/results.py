@@ -59,18 +59,21 @@ class MachineFacts(_Model):
 
     Attributes:
         hardware: the profile, with the bandwidth and latency that were used. changed: what of it was overridden.
-        expert_bytes: size of an expert. capacity: experts that the device holds, of ``experts``; asked: as given.
+        expert_bytes: size of an expert; of each layer where they differ. capacity: experts that the device holds, of
+            ``experts``, or bytes where sizes differ; asked: as given. all_bytes: of all experts together.
         per_layer: each layer has its own part. host_capacity: of the tier between, None with two tiers.
         policy: of eviction where a run names no other.
-        layer_seconds, token_layer_seconds, expert_seconds, token_seconds, other_seconds: see ``StepCost``.
+        layer_seconds, token_layer_seconds, expert_seconds, token_seconds, other_seconds, and those by layer: see
+            ``StepCost``.
         compute: seconds of computing alone, C. bound: seconds that no prefetcher and no eviction can go below.
     """
 
     hardware: Hardware
     changed: tuple[str, ...] = ()
-    expert_bytes: int
+    expert_bytes: int | tuple[int, ...]
     capacity: int
     experts: int
+    all_bytes: int | None = None
     asked: str
     per_layer: bool
     host_capacity: int | None
@@ -80,8 +83,20 @@ class MachineFacts(_Model):
     expert_seconds: float
     token_seconds: float
     other_seconds: float
+    expert_seconds_by_layer: tuple[float, ...] | None = None
+    token_seconds_by_layer: tuple[float, ...] | None = None
     compute: float
     bound: float | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """``capacity`` in bytes."""
+        return self.capacity * self.expert_bytes if isinstance(self.expert_bytes, int) else self.capacity
+
+    @property
+    def share(self) -> float:
+        """Of all experts, or of their bytes where sizes differ, what the device holds."""
+        return self.capacity / (self.experts if isinstance(self.expert_bytes, int) else self.all_bytes or self.capacity)
 
 
 class PredictorFacts(_Model):

@@ -10,17 +10,28 @@ from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
 from specmoe.offload.admission.registry import ADMISSIONS, Admission
+from specmoe.offload.capacity import ExpertBytes, all_units, bytes_L, split_by_layer, unit_bytes, units_L
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.cost import StepCost, step_cost
 from specmoe.offload.hardware.profile import Hardware
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.prefetchers.predictions import Predictions
-from specmoe.offload.simulation.state import Log, counted, make_log, make_tier
+from specmoe.offload.simulation.state import COUNTS, Log, counted, make_log, make_tier
 from specmoe.offload.simulation.timeline import run_timeline
 from specmoe.offload.simulation.world import ESTIMATES, Plan, Stream, Times, World
+from specmoe.topology import Topology
 from specmoe.trace.record import Phase
 
-__all__ = ["ORACLE_PASSES", "Machine", "Outcome", "Run", "least_seconds", "simulate", "simulate_oracle"]
+__all__ = [
+    "ORACLE_PASSES",
+    "Machine",
+    "Outcome",
+    "Run",
+    "least_capacity",
+    "least_seconds",
+    "simulate",
+    "simulate_oracle",
+]
 
 # How far oracles look ahead, in passes through the layers; besides, one that sees everything.
 ORACLE_PASSES = (0.25, 0.5, 1, 4, 16)
@@ -31,15 +42,17 @@ class Machine:
     """Where experts lie and how fast they travel.
 
     Attributes:
-        hardware: its links and its device. expert_bytes: size of one expert as it is stored and moved.
-        capacity: experts that the device holds, over all layers. per_layer: each layer has its own part of them.
-        host_capacity: experts that the host holds, where there are three tiers.
+        hardware: its links and its device.
+        expert_bytes: size of one expert as it is stored and moved; of each layer where they differ.
+        capacity: units that the device holds, over all layers: experts, or bytes where their sizes differ (see
+            ``offload.capacity``). per_layer: each layer has its own part of them.
+        host_capacity: units that the host holds, where there are three tiers.
         policy, host_policy: what is evicted, on the device and on the host.
         cost: compute times; worked out from the hardware where None.
     """
 
     hardware: Hardware
-    expert_bytes: int
+    expert_bytes: ExpertBytes
     capacity: int
     per_layer: bool = False
     policy: str = "lru"
@@ -51,6 +64,11 @@ class Machine:
     def tiers(self) -> int:
         """Two or three."""
         return len(self.hardware.links) + 1
+
+    @property
+    def held_bytes(self) -> int:
+        """``capacity`` in bytes."""
+        return self.capacity * unit_bytes(self.expert_bytes)
 
 
 @dataclass(frozen=True)
@@ -81,11 +99,12 @@ class Outcome:
 
     Attributes:
         name: of the prefetcher. policy: of eviction. admission: of prefetches, empty for none.
-        expert_bytes: size of an expert. tokens, steps, events: of the demand.
+        expert_bytes: size of an expert; of each layer where they differ. tokens, steps, events: of the demand.
         seconds: the whole run. compute: of it, computing. stall: of it, waiting for experts.
         link_seconds: that bytes passed on each link, from the lowest tier up.
         counts, host_counts: phase name → count name → experts; see ``simulation.state.COUNTS``.
-        largest: most experts held at once. capacity: that could be.
+        largest: most experts held at once. capacity: units that could be.
+        counts_LC: int64, the device's counts by layer, of both phases.
         end_J, stall_J: when each step ended and how long it waited, float64.
         log: spans of the beginning, where they were asked for.
     """
@@ -93,7 +112,7 @@ class Outcome:
     name: str
     policy: str
     admission: str
-    expert_bytes: int
+    expert_bytes: ExpertBytes
     tokens: int
     steps: int
     events: int
@@ -107,6 +126,7 @@ class Outcome:
     capacity: int
     end_J: NDArray[np.float64] = field(repr=False)
     stall_J: NDArray[np.float64] = field(repr=False)
+    counts_LC: NDArray[np.int64] = field(repr=False)
     log: Log | None = field(default=None, repr=False)
 
     @property
@@ -123,15 +143,20 @@ class Outcome:
         """Of the experts that were needed, the share that was there."""
         return self.count("hits") / max(1, self.count("accesses"))
 
+    def bytes_of(self, name: str) -> int:
+        """A count on the device, of both phases, in bytes."""
+        size_L = np.broadcast_to(np.array(self.expert_bytes, dtype=np.int64), len(self.counts_LC))
+        return int((self.counts_LC[:, COUNTS.index(name)] * size_L).sum())
+
     @property
     def demand_bytes(self) -> int:
         """Moved to the device because they were needed."""
-        return self.count("misses") * self.expert_bytes
+        return self.bytes_of("misses")
 
     @property
     def prefetch_bytes(self) -> int:
         """Moved to the device because they were foreseen."""
-        return self.count("prefetched") * self.expert_bytes
+        return self.bytes_of("prefetched")
 
     def group_seconds(self, demand: Demand) -> NDArray[np.float64]:
         """Time of each batch of sequences: [G]. With one sequence at a time, of each document."""
@@ -165,21 +190,34 @@ def stream_of(demand: Demand) -> Stream:
 
 
 def capacities(machine: Machine, demand: Demand) -> NDArray[np.int64]:
-    """Experts that each of the device's caches holds: one number, or one a layer.
+    """Units that each of the device's caches holds: one number, or one a layer.
 
     Raises:
         SpecmoeError: less than a token needs, or a policy that cannot be.
     """
-    topology = demand.topology
-    caches = topology.layers if machine.per_layer else 1
-    each = min(machine.capacity, topology.layers * topology.experts) // caches
-    if each < topology.top_k:
+    topology, size, least = demand.topology, machine.expert_bytes, least_capacity(machine, demand.topology)
+    held_G = np.array([min(machine.capacity, all_units(topology, size))], dtype=np.int64)
+    needed_G = np.array([least], dtype=np.int64)
+    if machine.per_layer:
+        held_G = split_by_layer(topology, machine.capacity, size)
+        needed_G = topology.top_k * units_L(topology, size)
+    if (held_G < needed_G).any():
+        unit = "experts" if isinstance(size, int) else "bytes"
         raise SpecmoeError(
-            f"a cache of {machine.capacity} experts{' split by layers' if machine.per_layer else ''} is too small: a "
-            f"token needs {topology.top_k} of a layer at once; give at least {topology.top_k * caches} experts"
+            f"a cache of {machine.capacity} {unit}{' split by layers' if machine.per_layer else ''} is too small: a "
+            f"token needs {topology.top_k} experts of a layer at once; give at least {least} {unit}"
         )
-    rest = min(machine.capacity, topology.layers * topology.experts) - each * caches
-    return np.array([each + (cache < rest) for cache in range(caches)], dtype=np.int64)
+    return held_G
+
+
+def least_capacity(machine: Machine, topology: Topology) -> int:
+    """Units that suffice for one token of every layer, in a machine's kind of cache."""
+    needed_L = topology.top_k * units_L(topology, machine.expert_bytes)
+    if not machine.per_layer:
+        return int(needed_L.max())
+    everything = all_units(topology, machine.expert_bytes)
+    whole_L = units_L(topology, machine.expert_bytes) * topology.experts_L
+    return max(-(-int(needed) * everything // int(whole)) for needed, whole in zip(needed_L, whole_L, strict=True))
 
 
 def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans: int = 0) -> Outcome:
@@ -202,8 +240,8 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
     device.cache.keys["next_use"][: len(demand.first_use)] = demand.first_use
     host = device
     if machine.tiers == 3:
-        held = machine.host_capacity or topology.layers * topology.experts
-        host_capacity = np.array([min(held, topology.layers * topology.experts)], dtype=np.int64)
+        everything = all_units(topology, machine.expert_bytes)
+        host_capacity = np.array([min(machine.host_capacity or everything, everything)], dtype=np.int64)
         host = make_tier(POLICIES[machine.host_policy].number, topology, host_capacity, links[0], machine.expert_bytes)
     plan = Plan(
         horizons_H=np.array(run.predictions.horizons, dtype=np.int64),
@@ -218,8 +256,8 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
     times = Times(
         cost.layer_seconds,
         cost.token_layer_seconds,
-        cost.expert_seconds,
-        cost.token_seconds,
+        cost.expert_L(topology.layers),
+        cost.token_L(topology.layers),
         cost.other_seconds,
         run.seconds,
     )
@@ -254,6 +292,7 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
         capacity=int(device.cache.caches["capacity"].sum()),
         end_J=end_J,
         stall_J=stall_J,
+        counts_LC=device.counts.sum(0),
         log=log if spans else None,
     )
 
@@ -262,7 +301,7 @@ def simulate_oracle(demand: Demand, machine: Machine, *, spans: int = 0) -> Outc
     """The best that knowing everything brought: Belady's eviction and the fastest of several look-aheads.
 
     One that looks too far ahead fills a small host cache with what is due late. Greedy and therefore not proven to be
-    the optimum, which :func:`least_seconds` bounds.
+    the optimum, which :func:`least_seconds` bounds; where experts differ in size, neither is Belady's eviction.
 
     Raises:
         SpecmoeError: as :func:`simulate`.
@@ -288,9 +327,11 @@ def _check(demand: Demand, machine: Machine, run: Run) -> None:
         if where == "host" and POLICIES[policy].needs:
             raise SpecmoeError(f"policy {policy!r} needs to know more than the host's cache does; use lru there")
     if machine.tiers == 3 and machine.host_capacity is not None:
-        least = demand.topology.top_k + machine.hardware.links[0].parallelism
+        largest = int(units_L(demand.topology, machine.expert_bytes).max())
+        least = (demand.topology.top_k + machine.hardware.links[0].parallelism) * largest
         if machine.host_capacity < least:
-            raise SpecmoeError(f"a host cache of {machine.host_capacity} experts is too small; give at least {least}")
+            unit = "experts" if isinstance(machine.expert_bytes, int) else "bytes"
+            raise SpecmoeError(f"a host cache of {machine.host_capacity} {unit} is too small; give at least {least}")
 
 
 def compute_seconds(demand: Demand, cost: StepCost) -> float:
@@ -300,39 +341,47 @@ def compute_seconds(demand: Demand, cost: StepCost) -> float:
     outside = demand.steps * cost.other_seconds + layers * (
         demand.steps * cost.layer_seconds + float((tokens_J - 1).sum()) * cost.token_layer_seconds
     )
-    extra = float(demand.tokens_M.sum()) - demand.accesses
-    return outside + demand.accesses * cost.expert_seconds + extra * cost.token_seconds
+    accesses_L, further_L = (counts_V.reshape(-1, layers).sum(0) for counts_V in _work(demand))
+    return outside + float(accesses_L @ cost.expert_L(layers) + further_L @ cost.token_L(layers))
 
 
-def least_seconds(demand: Demand, machine: Machine, missed_V: NDArray[np.int64]) -> float:
-    """A time that no prefetcher and no eviction can go below on this machine.
-
-    Before an event is done, at least the experts must have passed the last link that the best eviction known would have
-    missed up to there (Belady, 1966, without forced admission); and computing goes one thing after the other.
-
-    Args:
-        missed_V: int64, misses of each event under that eviction.
-    """
-    cost = machine.cost or step_cost(machine.hardware, demand.topology, machine.expert_bytes)
-    link = machine.hardware.links[-1]
-    tokens_V = np.repeat(np.diff(demand.first_J), demand.topology.layers)
-    layer_V = cost.layer_seconds + (tokens_V - 1) * cost.token_layer_seconds
-    layer_V[:: demand.topology.layers] += cost.other_seconds
+def _work(demand: Demand) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Experts of each event, and tokens that they serve beyond one each: [V]."""
     sizes_V = np.diff(demand.starts_V)
     event_M = np.repeat(np.arange(demand.events), sizes_V)
     further_V = np.bincount(event_M, weights=demand.tokens_M, minlength=demand.events) - sizes_V
-    experts_V = sizes_V * cost.expert_seconds + further_V * cost.token_seconds
-    size = machine.expert_bytes
-    return _least(
-        layer_V, experts_V, missed_V, size / link.bandwidth, link.latency, link.seconds(size) / link.parallelism
-    )
+    return sizes_V, further_V.astype(np.float64)
+
+
+def least_seconds(demand: Demand, machine: Machine, loaded_V: NDArray[np.int64]) -> float:
+    """A time that no prefetcher and no eviction can go below on this machine.
+
+    Before an event is done, at least what no cache can do without up to there must have passed the last link; and
+    computing goes one thing after the other.
+
+    Args:
+        loaded_V: int64, units that each event has to load: see :func:`specmoe.offload.bound.fewest_loads`.
+    """
+    cost = machine.cost or step_cost(machine.hardware, demand.topology, machine.expert_bytes)
+    link, layers = machine.hardware.links[-1], demand.topology.layers
+    tokens_V = np.repeat(np.diff(demand.first_J), layers)
+    layer_V = cost.layer_seconds + (tokens_V - 1) * cost.token_layer_seconds
+    layer_V[::layers] += cost.other_seconds
+    sizes_V, further_V = _work(demand)
+    experts_V = sizes_V * np.tile(cost.expert_L(layers), demand.steps)
+    experts_V += further_V * np.tile(cost.token_L(layers), demand.steps)
+    unit = unit_bytes(machine.expert_bytes)
+    # So many bytes are at least so many transfers as if all were of the largest expert.
+    transfers = unit / int(bytes_L(demand.topology, machine.expert_bytes).max())
+    slot = (transfers * link.latency + unit / link.bandwidth) / link.parallelism
+    return _least(layer_V, experts_V, loaded_V, unit / link.bandwidth, link.latency, slot)
 
 
 @numba.njit(cache=True)
 def _least(
     layer_V: NDArray[np.float64],
     experts_V: NDArray[np.float64],
-    missed_V: NDArray[np.int64],
+    loaded_V: NDArray[np.int64],
     bus: float,
     latency: float,
     slot: float,
@@ -340,8 +389,8 @@ def _least(
     now, loaded = 0.0, 0
     for event in range(len(layer_V)):
         now += layer_V[event]
-        loaded += missed_V[event]
-        if missed_V[event]:
+        loaded += loaded_V[event]
+        if loaded_V[event]:
             now = max(now, latency + loaded * bus, loaded * slot)
         now += experts_V[event]
     return now

@@ -16,8 +16,9 @@ import specmoe
 from specmoe.errors import SpecmoeError
 from specmoe.files import disk_errors
 from specmoe.offload.admission.registry import ADMISSIONS, parse_admission
-from specmoe.offload.cache import miss_ratio_curves, replay_cache
-from specmoe.offload.capacity import parse_capacity
+from specmoe.offload.bound import fewest_loads
+from specmoe.offload.cache import miss_ratio_curves
+from specmoe.offload.capacity import ExpertBytes, all_units, held_at_share, parse_capacity, unit_bytes
 from specmoe.offload.comparing import compared
 from specmoe.offload.demand import Demand, Replay
 from specmoe.offload.hardware.cost import step_cost
@@ -42,7 +43,7 @@ from specmoe.offload.results import (
     kept_runs,
 )
 from specmoe.offload.running import Simulator
-from specmoe.offload.simulator import Machine, compute_seconds, least_seconds
+from specmoe.offload.simulator import Machine, capacities, compute_seconds, least_seconds
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.suite.assemble import made_now, trace_facts
 from specmoe.suite.data import SuiteData, trace_fingerprint
@@ -174,7 +175,8 @@ def simulate_trace(
     wanted = _curves_fingerprint(common, policies)
     if curves_fingerprint != wanted:
         on_stage("miss-ratio curves")
-        curves, curves_fingerprint = curves_of(demand, policies, settings.per_layer), wanted
+        curves = curves_of(demand, policies, settings.per_layer, machine.expert_bytes)
+        curves_fingerprint = wanted
     on_stage("comparing")
     if timeline:
         best = [job for job in jobs if job.group == "main" and job.kind == "predictor" and job.admission == chosen]
@@ -200,7 +202,7 @@ def machine_of(settings: Settings, topology: Topology) -> Machine:
     Raises:
         SpecmoeError: the size of an expert is not known, or a capacity cannot be read.
     """
-    size = settings.expert_bytes or topology.bytes_per_expert
+    size = settings.expert_bytes or topology.expert_bytes
     if size is None:
         raise SpecmoeError(
             f"the trace does not say how large an expert of {topology.model_id} is; give --expert-bytes "
@@ -248,23 +250,24 @@ def chosen_documents(data: SuiteData, part: str, max_tokens: int | None) -> tupl
     return tuple(taken)
 
 
-def curves_of(demand: Demand, policies: Sequence[str], per_layer: bool) -> tuple[Curve, ...]:
+def curves_of(
+    demand: Demand, policies: Sequence[str], per_layer: bool, expert_bytes: ExpertBytes | None = None
+) -> tuple[Curve, ...]:
     """Miss-ratio curves over the shares of :data:`CURVE_SHARES` of all experts, and Belady's in any case."""
-    topology = demand.topology
-    caches = topology.layers if per_layer else 1
-    each = topology.experts if per_layer else topology.layers * topology.experts
+    everything = all_units(demand.topology, expert_bytes)
     # A cache that one token of one layer does not fit into would run in waves, which is another matter.
-    sizes = sorted({max(topology.top_k, round(each * share)) for share in CURVE_SHARES})
+    held = [held_at_share(demand.topology, share, expert_bytes, per_layer=per_layer) for share in CURVE_SHARES]
+    sizes = list({tuple(held_G.tolist()): held_G for held_G in held}.values())
     names = [name for name in dict.fromkeys([*policies, "belady"]) if POLICIES[name].needs != "predictor"]
-    found = miss_ratio_curves(demand, names, sizes, per_layer=per_layer)
+    found = miss_ratio_curves(demand, names, sizes, per_layer=per_layer, expert_bytes=expert_bytes)
     return tuple(
         Curve(
             policy=name,
             title=POLICIES[name].title,
             points=tuple(
                 CurvePoint(
-                    capacity=point.capacity * caches,
-                    share=point.capacity / each,
+                    capacity=point.capacity,
+                    share=point.capacity / everything,
                     accesses=point.accesses,
                     misses=point.misses,
                 )
@@ -277,15 +280,9 @@ def curves_of(demand: Demand, policies: Sequence[str], per_layer: bool) -> tuple
 
 def bound(demand: Demand, machine: Machine) -> float:
     """Seconds that nothing can go below: see :func:`specmoe.offload.simulator.least_seconds`."""
-    caches = demand.topology.layers if machine.per_layer else 1
-    # Where layers share unevenly, all get what the largest has: it stays a bound.
-    counts = replay_cache(
-        demand, "belady-bypass", -(-machine.capacity // caches), per_layer=machine.per_layer, keep_misses=True
-    )
-    assert counts.missed_M is not None
-    event_M = np.repeat(np.arange(demand.events), np.diff(demand.starts_V))
-    missed_V = np.bincount(event_M, weights=counts.missed_M, minlength=demand.events).astype(np.int64)
-    return least_seconds(demand, machine, missed_V)
+    held_G = capacities(machine, demand)
+    loaded_V = fewest_loads(demand, held_G, per_layer=machine.per_layer, expert_bytes=machine.expert_bytes)
+    return least_seconds(demand, machine, loaded_V)
 
 
 def _common(
@@ -345,7 +342,8 @@ def _machine_facts(machine: Machine, demand: Demand, settings: Settings) -> Mach
         changed=settings.changed,
         expert_bytes=machine.expert_bytes,
         capacity=machine.capacity,
-        experts=demand.topology.layers * demand.topology.experts,
+        experts=demand.topology.all_experts,
+        all_bytes=all_units(demand.topology, machine.expert_bytes) * unit_bytes(machine.expert_bytes),
         asked=settings.capacity,
         per_layer=machine.per_layer,
         host_capacity=machine.host_capacity,

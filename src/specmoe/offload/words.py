@@ -59,15 +59,36 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def capacity_text(capacity: int, expert_bytes: int | tuple[int, ...]) -> str:
+    """Experts, or bytes where they differ in size: ``32 experts``, ``4.19 GB``."""
+    return f"{capacity} experts" if isinstance(expert_bytes, int) else size_text(capacity)
+
+
+def held_text(capacity: int, experts: int, expert_bytes: int | tuple[int, ...], all_bytes: int | None) -> str:
+    """What a cache holds of what there is: ``32 of 128 experts``, ``4.19 GB of 17.6 GB in 6144 experts``."""
+    if isinstance(expert_bytes, int):
+        return f"{capacity} of {experts} experts"
+    return f"{size_text(capacity)} of {size_text(all_bytes or capacity)} in {experts} experts"
+
+
+def expert_text(expert_bytes: int | tuple[int, ...]) -> str:
+    """Size of an expert, from smallest to largest where they differ."""
+    if isinstance(expert_bytes, int):
+        return size_text(expert_bytes)
+    return f"{size_text(min(expert_bytes))} to {size_text(max(expert_bytes))}, by layer"
+
+
 def found(results: SimulationResults) -> list[str]:
     """What came out, in sentences; the first says on what."""
     machine, demand, base = results.machine, results.demand, results.baseline
     link = machine.hardware.links[-1]
+    held = held_text(machine.capacity, machine.experts, machine.expert_bytes, machine.all_bytes)
+    size = f" ({size_text(machine.held_bytes)})" if isinstance(machine.expert_bytes, int) else ""
     said = [
         f"{results.trace.topology.model_id}, {demand.tokens:,} tokens of {len(demand.documents)} "
         f"{'test ' if demand.part == 'test' else ''}documents on {machine.hardware.name} "
-        f"({link.bandwidth / 1e9:.3g} GB/s, {link.latency * 1e6:.3g} µs a transfer), a cache of {machine.capacity} of "
-        f"{machine.experts} experts ({size_text(machine.capacity * machine.expert_bytes)}): without prefetching "
+        f"({link.bandwidth / 1e9:.3g} GB/s, {link.latency * 1e6:.3g} µs a transfer), a cache of {held}"
+        f"{size}: without prefetching "
         f"{POLICIES[base.policy].title} finds {100 * base.hit_rate:.1f} % of the experts, waits "
         f"{1e3 * base.stall_per_token:.3g} ms a token and writes {base.tokens_per_second:,.4g} tokens/s."
     ]

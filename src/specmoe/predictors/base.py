@@ -27,6 +27,9 @@ from specmoe.topology import Topology
 
 __all__ = ["CompiledStep", "Knowledge", "Observation", "Predictor", "Recipe", "State", "parameter_count"]
 
+# exp of it is 0 in every floating-point format that is used, and it is finite, so that 0 times it is 0.
+_ABSENT = -1e4
+
 Category = Literal["attention-based", "ensemble", "multi-scale", "edge", "training-free"]
 Sees = Literal["nothing", "routing", "token", "hidden", "context"]
 Scheduler = Literal["cosine", "plateau"]
@@ -175,6 +178,8 @@ class Predictor(nn.Module, ABC):
             raise SpecmoeError(f"horizons must be 1 or more, got {list(horizons)}")
         self.topology = topology
         self.horizons = tuple(horizons)
+        if topology.experts_per_layer is not None:
+            self.register_forward_hook(_without_absent)
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Take what has a closed form from the training windows: counts, scales, starting weights.
@@ -188,7 +193,8 @@ class Predictor(nn.Module, ABC):
         """Logits [B, T, S, H, E] of all events of a window.
 
         A softmax over E estimates the router's distribution at the place the horizon points to; the order
-        of the logits is the order in which to fetch.
+        of the logits is the order in which to fetch. Calling the predictor, outside of training, also puts experts
+        that the place's layer does not have behind all others; ``step`` leaves them where they are.
         """
 
     def auxiliary_loss(self, window: Window) -> Tensor | None:
@@ -218,6 +224,18 @@ class Predictor(nn.Module, ABC):
         state.tokens[-1].append(observation)
         window = _window_of(state.tokens, self.topology)
         return self(window)[0, -1, observation.layer]
+
+
+def _without_absent(predictor: nn.Module, _given: Any, logits_BTSHE: Tensor) -> Tensor:
+    """Nothing that does not exist is foreseen: such logits become so low that their probability is zero."""
+    assert isinstance(predictor, Predictor)
+    if predictor.training:
+        return logits_BTSHE
+    topology = predictor.topology
+    places_SH = torch.arange(topology.layers)[:, None] + torch.tensor(predictor.horizons)
+    experts_SH = torch.tensor(topology.experts_L)[places_SH % topology.layers]
+    absent_SHE = torch.arange(topology.experts) >= experts_SH[..., None]
+    return logits_BTSHE.masked_fill(absent_SHE.to(logits_BTSHE.device), _ABSENT)
 
 
 def parameter_count(predictor: nn.Module) -> int:

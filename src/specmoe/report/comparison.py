@@ -161,7 +161,7 @@ def _refusal(a: Side, b: Side, metric: str, horizon: int | None) -> str:
     if left.protocol.metric_version != right.protocol.metric_version:
         versions = f"{left.protocol.metric_version} and {right.protocol.metric_version}"
         return f"their metric versions differ ({versions}); run `specmoe train` again with one version of specmoe"
-    if (model.layers, model.experts, model.top_k) != (other.layers, other.experts, other.top_k):
+    if (model.experts_L, model.top_k) != (other.experts_L, other.top_k):
         return f"they are of models of other shapes ({_shape(left)}; {_shape(right)})"
     if left.split.hash != right.split.hash:
         return (
@@ -252,7 +252,7 @@ def _ahead(horizon: int) -> str:
 
 def _shape(results: Results) -> str:
     topology = results.trace.topology
-    shape = f"{topology.layers} layers, K={topology.top_k} of {topology.experts} experts"
+    shape = f"{topology.layers} layers, K={topology.top_k} of {topology.experts_text} experts"
     return f"{topology.model_id}: {shape}"
 
 

@@ -38,7 +38,7 @@ def trace_facts(trace: TraceFacts) -> Facts:
         "Model and trace",
         [
             ("model", f"{topology.model_id} {topology.revision}".strip()),
-            ("shape", f"{topology.layers} MoE layers, {topology.experts} experts, K={topology.top_k}"),
+            ("shape", f"{topology.layers} MoE layers, {topology.experts_text} experts, K={topology.top_k}"),
             ("trace", f"{trace.name}: {trace.tokens:,} tokens, {trace.documents:,} documents, {trace.domains} domains"),
             ("fingerprint", trace.fingerprint),
         ],

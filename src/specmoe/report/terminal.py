@@ -164,5 +164,5 @@ def _status(result: PredictorResult) -> str:
 
 
 def _title(results: Results) -> Text:
-    top_k, experts = results.trace.topology.top_k, results.trace.topology.experts
+    top_k, experts = results.trace.topology.top_k, results.trace.topology.experts_text
     return Text(f"recall@K on the test part (K={top_k} of {experts} experts), by what a predictor may see")

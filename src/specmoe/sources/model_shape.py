@@ -36,14 +36,28 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
 
     Args:
         model: on its device. family, stack: where to look. directory: of the checkpoint, None if it is not local.
+
+    Raises:
+        SpecmoeError: layers have different numbers of experts.
     """
     sites, layers = router_sites(model, family, stack), _probe(model, family, stack, [0, 0]).layers
     classes = layers[0].logits.shape[-1]
     experts = min(_experts_with_weights(sites[0].experts) or classes, classes)
+    counts = [layer.logits.shape[-1] for layer in layers]
+    if len(set(counts)) > 1:
+        raise SpecmoeError(
+            f"the layers of this {family.name} model have different numbers of experts ({min(counts)} to "
+            f"{max(counts)}: a pruned model?), which cannot be captured; record it with its engine and import that, "
+            "with --experts"
+        )
     numbers, dtype = _numbers_of_the_experts(sites[0], experts), getattr(model.config, "dtype", None)
     stored = _stored_bytes_of_the_experts(directory, numbers) if directory is not None else None
     if stored is None:
-        stored = numbers * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
+        stored = [numbers * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)]
+    if len(stored) not in {1, len(layers)}:
+        # Of more layers or fewer than run here, such as those that foresee further tokens: which is which is not known.
+        stored = []
+    sizes = [max(1, size // experts) for size in stored]
     return Topology(
         model_id="",
         layers=len(layers),
@@ -51,7 +65,8 @@ def topology_of_model(model: Any, family: Family, stack: str, directory: Path | 
         top_k=layers[0].ids.shape[-1],
         hidden_size=layers[0].hidden.shape[-1],
         zero_experts=classes - experts,
-        bytes_per_expert=max(1, stored // experts),
+        bytes_per_expert=sizes[0] if len(sizes) == 1 else None,
+        bytes_per_expert_by_layer=tuple(sizes) if len(sizes) > 1 else None,
     )
 
 
@@ -139,11 +154,12 @@ def _linear_map(site: RouterSite, layer: LayerRoute) -> tuple[Tensor, Tensor | N
     return None
 
 
-def _stored_bytes_of_the_experts(directory: Path, numbers: int) -> int | None:
-    """Bytes of one layer's experts as the checkpoint stores them; None if no safetensors file tells.
+def _stored_bytes_of_the_experts(directory: Path, numbers: int) -> list[int] | None:
+    """Bytes of each layer's experts as the checkpoint stores them, one number if all are alike.
 
-    Only headers are read. Most of the bytes being floats, they are ``numbers`` of them; being integers that several
-    numbers are packed into, whatever is stored with them counts, such as the scales of MXFP4.
+    None if no safetensors file tells. Only headers are read. Most of a layer's bytes being floats, they are
+    ``numbers`` of them; being integers that several numbers are packed into, whatever is stored with them counts, such
+    as the scales of MXFP4.
     """
     layers: dict[str, dict[str, int]] = {}
     for path in sorted(directory.glob("*.safetensors")):
@@ -162,10 +178,17 @@ def _stored_bytes_of_the_experts(directory: Path, numbers: int) -> int | None:
             raise SpecmoeError(f"{path} {impostor(path) or f'cannot be read: {error}'}") from error
     if not layers:
         return None
-    # Layers are alike; any of them would do.
-    by_dtype = min(layers.values(), key=lambda layer: sum(layer.values()))
-    most = max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    return numbers * _FLOATS[most] if most in _FLOATS else sum(by_dtype.values())
+    found = []
+    for name in sorted(layers, key=_by_number):
+        by_dtype = layers[name]
+        most = max(by_dtype, key=lambda dtype: by_dtype[dtype])
+        found.append(numbers * _FLOATS[most] if most in _FLOATS else sum(by_dtype.values()))
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """For sorting: layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def weights_hash(directory: Path) -> str:

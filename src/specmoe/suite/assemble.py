@@ -240,11 +240,12 @@ def with_lift(
 
 
 def chance_control(predictors: Sequence[PredictorResult], data: SuiteData) -> list[Control]:
-    """The random predictor must find K of E."""
+    """The random predictor must find K of E; where layers differ in E, on average over them."""
     for predictor in predictors:
         if predictor.name == "RandomGuess" and predictor.status == "ok":
             measured = predictor.scores["recall@K"][data.horizons[0]]
-            chance = data.topology.top_k / data.topology.experts
+            counts = data.topology.experts_L
+            chance = sum(data.topology.top_k / experts for experts in counts) / len(counts)
             return [
                 Control(
                     name="random guesses (recall@K, first horizon)",

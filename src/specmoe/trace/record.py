@@ -78,6 +78,19 @@ class RoutingRecord:
             raise SpecmoeError(f"phase holds {int(self.phase.max())}; known: 0 (prefill), 1 (decode)")
         if len(self) and int(self.expert_ids.min()) < -1:
             raise SpecmoeError(f"expert_ids holds {int(self.expert_ids.min())}; only -1 (no expert) may be negative")
+        if len(self) and topology.experts_per_layer is not None:
+            self._check_layers(topology)
+
+    def _check_layers(self, topology: Topology) -> None:
+        """No layer may name an expert that it does not have."""
+        counts_L1 = torch.tensor(topology.experts_L)[:, None]
+        absent = (self.expert_ids >= counts_L1) & (self.expert_ids < topology.experts)
+        if absent.any():
+            row, layer, slot = absent.nonzero()[0].tolist()
+            raise SpecmoeError(
+                f"expert_ids holds {int(self.expert_ids[row, layer, slot])} at token {row} in MoE layer {layer}, which "
+                f"has {topology.experts_L[layer]} experts"
+            )
 
 
 FIELDS: dict[str, tuple[torch.dtype, ...]] = {

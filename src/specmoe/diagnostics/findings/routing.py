@@ -26,18 +26,21 @@ _INFORMATIVE = 4.0
 def dead_experts(evidence: Evidence) -> Finding | None:
     """Experts that were never used, in a trace long enough to expect all."""
     load_LE = evidence.scan.load_LE
-    if load_LE.sum() < _USES_FOR_DEAD * load_LE.size:
+    topology = evidence.trace.topology
+    experts_L = np.array(topology.experts_L)
+    if load_LE.sum() < _USES_FOR_DEAD * experts_L.sum():
         return None
-    dead_L = (load_LE == 0).sum(1)
+    # What a layer does not have is not dead.
+    dead_L = ((load_LE == 0) & (np.arange(topology.experts) < experts_L[:, None])).sum(1)
     if not dead_L.any():
         return None
-    experts = load_LE.shape[1]
     worst = int(dead_L.argmax())
     message = (
-        f"{int(dead_L.sum()):,} of {load_LE.size:,} experts were never used, most in layer {worst} ({dead_L[worst]} of "
-        f"{experts}); they make prediction look easier: check that the model is whole and the text varied"
+        f"{int(dead_L.sum()):,} of {topology.all_experts:,} experts were never used, most in layer {worst} "
+        f"({dead_L[worst]} of {experts_L[worst]}); they make prediction look easier: check that the model is "
+        "whole and the text varied"
     )
-    severity = "warning" if dead_L.sum() > load_LE.size / 2 else "note"
+    severity = "warning" if dead_L.sum() > topology.all_experts / 2 else "note"
     return Finding(code="dead-experts", severity=severity, message=message)
 
 
@@ -54,8 +57,8 @@ def collapsed_layers(evidence: Evidence) -> Finding | None:
     every = len(collapsed) == len(load_LE)
     message = (
         f"in {counted(len(collapsed), 'layer')} of {len(load_LE)} ({listed(collapsed.tolist())}) the {top_k} busiest "
-        f"of {load_LE.shape[1]} experts take at least {_COLLAPSED_SHARE:.0%} of the load; naming them is right nearly "
-        "always, so leave such layers out of what you report"
+        f"of {evidence.trace.topology.experts_text} experts take at least {_COLLAPSED_SHARE:.0%} of the load; naming "
+        "them is right nearly always, so leave such layers out of what you report"
     )
     return Finding(code="collapsed-layers", severity="error" if every else "warning", message=message)
 

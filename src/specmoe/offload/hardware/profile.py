@@ -48,9 +48,10 @@ class Link(_Data):
         """Time of one transfer of ``size`` bytes when nothing else is under way."""
         return self.latency + size / self.bandwidth
 
-    def least_seconds(self, size: float) -> float:
-        """Time that each of many transfers takes at least: the bus or the slots are full."""
-        return max(size / self.bandwidth, self.seconds(size) / self.parallelism)
+    def least_seconds(self, size: float, transfers: int = 1) -> float:
+        """Time that some of many transfers take at least, ``size`` bytes together: the bus or the slots are full."""
+        passing = size / self.bandwidth
+        return max(passing, (transfers * self.latency + passing) / self.parallelism)
 
 
 class ModelCost(_Data):

@@ -1,7 +1,8 @@
 """Furthest next use leaves first: the fewest misses any policy can have (Belady, 1966; Mattson et al., 1970).
 
 Every missed key is taken in (forced admission). Of keys that are never used again the one with the larger number
-leaves first.
+leaves first. Where keys differ in size the rule is only a good guess: several small ones may be worth more than a large
+one that is needed sooner, and no rule as simple is best.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ the fewest misses there can be, whatever the size of events: keeping keys from o
 intervals, of which at most as many as the capacity may overlap, and leaving out the one that ends last is best
 (Carlisle and Lloyd, 1995). What is not kept, and what only takes its place when the event is over, is used from the
 buffer that it was read into, outside the capacity. So this is a bound, and not a cache that could be built so small.
+
+Where keys differ in size it is no bound either, only a guess like ``belady``; :mod:`specmoe.offload.bound` has one.
 """
 
 from __future__ import annotations

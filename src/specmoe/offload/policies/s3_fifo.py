@@ -38,7 +38,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     else:
         push(state, key, _SMALL)
     # Only here, so that a key is still known that comes back as the very ghost that its own victim pushes out.
-    if state.lengths_GQ[group, _GHOST] > 9 * state.caches[group].capacity // 10:
+    while state.lengths_GQ[group, _GHOST] > 9 * state.caches[group].capacity // 10:
         remove(state, state.keys[sentinel_of(state, group, _GHOST)].previous)
 
 

@@ -33,9 +33,12 @@ def victim(state: PolicyState, group: int, now: int) -> int:
     key = state.caches[group].hand
     if key < 0:
         key = state.keys[sentinel].previous
-    # Once round to clear the bits, once more to find, and the way to the first sentinel.
-    for _ in range(2 * state.lengths_GQ[group, 0] + 3):
-        if key != sentinel and state.keys[key].pinned != state.clock[0].stamp:
+    # The way to the first sentinel, once round to clear the bits, and once more to find.
+    rounds = 0
+    while rounds < 3:
+        if key == sentinel:
+            rounds += 1
+        elif state.keys[key].pinned != state.clock[0].stamp:
             if state.keys[key].count == 0:
                 ahead = state.keys[key].previous
                 state.caches[group].hand = -1 if ahead == sentinel else ahead

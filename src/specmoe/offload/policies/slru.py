@@ -2,13 +2,14 @@
 
 A key enters the lowest segment that has room, moves one segment up with each use, and what a full segment pushes out
 goes to the newest end of the segment below. The oldest key of the lowest segment leaves. Segments and their sizes are
-libCacheSim's: capacity // 4, and what remains of the capacity belongs to the lowest.
+libCacheSim's: capacity // 4, and what remains of the capacity belongs to the lowest. A key that is larger than a
+segment does not stay in it.
 """
 
 from __future__ import annotations
 
 from specmoe.offload.compiled import inlined
-from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of
+from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of, units_of
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
 __all__ = ["hit", "insert", "victim"]
@@ -22,11 +23,12 @@ def hit(state: PolicyState, key: int, now: int) -> None:
     remove(state, key)
     push(state, key, segment)
     most = state.caches[group].capacity // QUEUES
-    while segment > 0 and state.lengths_GQ[group, segment] > most:
-        oldest = state.keys[sentinel_of(state, group, segment)].previous
+    while segment > 0:
+        while state.lengths_GQ[group, segment] > most:
+            oldest = state.keys[sentinel_of(state, group, segment)].previous
+            remove(state, oldest)
+            push(state, oldest, segment - 1)
         segment -= 1
-        remove(state, oldest)
-        push(state, oldest, segment)
 
 
 @inlined()
@@ -36,7 +38,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     most = state.caches[group].capacity // QUEUES
     chosen = 0
     for segment in range(QUEUES):
-        if state.lengths_GQ[group, segment] < most:
+        if state.lengths_GQ[group, segment] + units_of(state, key) <= most:
             chosen = segment
             break
     push(state, key, chosen)

@@ -11,6 +11,9 @@ simulator) keeps of a key ``resident``, ``pinned``, ``next_use`` and ``wanted``,
 ``stamp``; the policy keeps everything else. A key that is on its way is not resident, and no verb hears of it before
 ``insert``.
 
+A capacity is counted in units: an expert takes one of them, or its bytes where sizes differ by layer. Then more than
+one expert may have to leave for one that comes: ``victim`` is called until there is room.
+
 Letters: N experts of the model (key = layer·E + expert), G caches (1 where the layers share one), Q queues of a cache.
 """
 
@@ -74,12 +77,13 @@ class PolicyState(NamedTuple):
             queue: the queue a key is in; -1 for none. count: uses, or a visited bit.
             place: where a key stands in ``heap_N``; -1 for nowhere. score, used: the heap's order; where scores are
             equal the smaller ``used`` leaves.
-        caches: records of ``CACHE`` [G]. capacity: entries it may hold. size: entries it holds; the caller counts what
-            is on its way here too, if it has reserved its room. first: where its heap begins in ``heap_N``, heap_size
-            how long that is. age: of LFU with ageing. hand: a key or a sentinel.
+        caches: records of ``CACHE`` [G]. capacity: units it may hold. size: units it holds; the caller counts what is
+            on its way here too, if it has reserved its room. first: where its heap begins in ``heap_N``, heap_size how
+            many keys that has. age: of LFU with ageing. hand: a key or a sentinel.
         clock: one record of ``CLOCK``. stamp: of the event being run. tick: uses so far.
         heap_N: int32, the heaps one after the other; a heap's root is the next victim.
-        lengths_GQ: int64, how long each queue is.
+        lengths_GQ: int64, how many units the keys of each queue take.
+        units_L: int64, what a key of each layer takes.
     """
 
     layers: int
@@ -89,15 +93,21 @@ class PolicyState(NamedTuple):
     clock: Records
     heap_N: Any
     lengths_GQ: NDArray[np.int64]
+    units_L: NDArray[np.int64]
 
 
 def make_state(
-    group_N: NDArray[np.int32], layer_N: NDArray[np.int32], capacity_G: NDArray[np.int64], layers: int
+    group_N: NDArray[np.int32],
+    layer_N: NDArray[np.int32],
+    capacity_G: NDArray[np.int64],
+    layers: int,
+    units_L: NDArray[np.int64],
 ) -> PolicyState:
     """Empty caches. All policies use the same arrays, so the state does not depend on which one is asked for.
 
     Args:
         group_N: int32 [N], numbers 0 to G - 1. layer_N: int32 [N]. capacity_G: int64 [G]. layers: L.
+        units_L: int64 [L], what an expert of each layer takes of a capacity.
     """
     experts, groups = len(group_N), len(capacity_G)
     total = experts + groups * QUEUES + layers
@@ -119,4 +129,5 @@ def make_state(
         clock=np.zeros(1, dtype=CLOCK),
         heap_N=np.full(experts, -1, dtype=np.int32),
         lengths_GQ=np.zeros((groups, QUEUES), dtype=np.int64),
+        units_L=units_L,
     )

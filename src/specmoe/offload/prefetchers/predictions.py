@@ -187,6 +187,8 @@ def with_recall(
     place_M = np.arange(demand.accesses) - demand.starts_V[event_M]
     needed_VB[event_M, place_M] = demand.keys_M % experts
     table = demand_table(demand)
+    # Numbers that the event's layer has no expert for.
+    absent = np.tile(np.arange(experts) >= np.array(demand.topology.experts_L)[:, None], (demand.steps, 1))
     result = np.full((demand.events, len(horizons), width), -1, dtype=np.int16)
     for row, horizon in enumerate(horizons):
         own = np.full_like(needed_VB, -1)
@@ -195,8 +197,9 @@ def with_recall(
             # Another expert of the layer, one that is not needed there, each at most once.
             others = rng.random((demand.events, experts), dtype=np.float32)
             others[:-horizon][table[horizon:]] = 2.0
+            others[:-horizon][absent[horizon:]] = 2.0
             wrong = np.argsort(others, 1)[:, :width].astype(np.int16)
-            free = experts - sizes
+            free = np.tile(demand.topology.experts_L, demand.steps) - sizes
             usable = np.zeros(own.shape, dtype=np.bool_)
             usable[:-horizon] = np.arange(width) < free[horizon:, None]
             swapped = (rng.random(own.shape) >= recall) & (own >= 0) & usable

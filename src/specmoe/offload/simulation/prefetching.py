@@ -14,6 +14,7 @@ from specmoe.offload.simulation.transfers import (
     evict,
     forget,
     free_slot,
+    lacks_room,
     next_waiting,
     occupy,
     record,
@@ -35,8 +36,8 @@ _MOST_SPARED = 16
 
 
 @compiled()
-def _worth(tier: Tier, own: Records, chance: float, begin: float, event: int, due: int) -> float:
-    link, seen = tier.own[0], own[0]
+def _worth(tier: Tier, own: Records, key: int, chance: float, begin: float, event: int, due: int) -> float:
+    link, seen, seconds = tier.own[0], own[0], tier.seconds_L[tier.cache.keys[key].layer]
     returning = (seen.returned + _PRIOR_RETURNED) / (seen.pushed + 1.0)
     # What is evicted before it is needed was fetched for nothing, and so was what a prediction is too sure of.
     chance *= min(1.0, (seen.kept + _PRIOR) / (seen.promised + _PRIOR))
@@ -45,13 +46,13 @@ def _worth(tier: Tier, own: Records, chance: float, begin: float, event: int, du
     return expected_value.worth(
         chance,
         begin,
-        link.latency + link.seconds,
+        link.latency + seconds,
         seen.next_router,
         float(due - event),
         seen.layer_seconds,
         seen.miss_chance,
         returning,
-        link.latency / at_once + link.seconds,
+        link.latency / at_once + seconds,
         lifetime(tier, own),
     )
 
@@ -64,11 +65,23 @@ def lifetime(tier: Tier, own: Records) -> float:
 
 @compiled()
 def _room_for_prefetch(world: World, level: int, key: int, chance: float, event: int, phase: int) -> int:
-    """Free a place for a prefetch: 1 if there is one, 0 if not now, -1 if what would have to go is worth more."""
+    """Free a place for a prefetch: 1 if there is one, 0 if not now, -1 if what would have to go is worth more.
+
+    What a large expert pushes out is judged one by one. If one of them stays, those before it have left all the same.
+    """
+    tier = world.host if level == 1 else world.device
+    while lacks_room(tier, key):
+        outcome = _let_one_go(world, level, key, chance, event, phase)
+        if outcome <= 0:
+            return outcome
+    return 1
+
+
+@compiled()
+def _let_one_go(world: World, level: int, key: int, chance: float, event: int, phase: int) -> int:
+    """As :func:`_room_for_prefetch`, for one victim: 1 if it has left."""
     tier = world.host if level == 1 else world.device
     group = tier.cache.keys[key].group
-    if tier.cache.caches[group].size < tier.cache.caches[group].capacity:
-        return 1
     leaving = victim(tier.own[0].policy, tier.cache, group, event)
     if level == 2 and world.plan.rule == EXPECTED_VALUE and world.plan.reach == 0:
         for _ in range(_MOST_SPARED):
@@ -115,22 +128,23 @@ def pump(world: World, level: int, until: float, event: int, phase: int) -> None
             settle(world.host, begin, event)
             pays = world.host.cache.keys[key].resident
         if pays and world.plan.reach == 0 and world.plan.rule == EXPECTED_VALUE:
-            pays = _worth(tier, world.own, chance, begin, event, due) > world.plan.parameter
+            pays = _worth(tier, world.own, key, chance, begin, event, due) > world.plan.parameter
         room = _room_for_prefetch(world, level, key, chance, event, phase) if pays else -1
         if room == 0:
             # All that could give way is in use: not before the next router has run.
             tier.waiting[place].ready = until
             continue
         forget(tier, place)
+        layer = tier.cache.keys[key].layer
         if room < 0:
-            tier.counts[phase, CANCELLED] += 1
+            tier.counts[phase, layer, CANCELLED] += 1
             continue
-        occupy(tier, tier.cache.keys[key].group)
-        begin, end = transfer(tier, begin)
+        occupy(tier, key)
+        begin, end = transfer(tier, key, begin)
         tier.copies[key].arrival = end
         tier.flying[tier.own[0].flights] = key
         tier.own[0].flights += 1
-        tier.counts[phase, PREFETCHED] += 1
+        tier.counts[phase, layer, PREFETCHED] += 1
         record(world.log, PREFETCH, level, key, event, begin, end)
         if level == 2:
             world.own[0].insertions += FOLLOW
@@ -145,12 +159,13 @@ def pump(world: World, level: int, until: float, event: int, phase: int) -> None
 @compiled()
 def use_host_copy(host: Tier, key: int, event: int, phase: int) -> None:
     """The device takes an expert from the host, which holds it."""
+    layer = host.cache.keys[key].layer
     hit(host.own[0].policy, host.cache, key, event)
-    host.counts[phase, ACCESSES] += 1
-    host.counts[phase, HITS] += 1
+    host.counts[phase, layer, ACCESSES] += 1
+    host.counts[phase, layer, HITS] += 1
     if host.copies[key].unused:
         host.copies[key].unused = False
-        host.counts[phase, USED] += 1
+        host.counts[phase, layer, USED] += 1
 
 
 @compiled()
@@ -166,9 +181,9 @@ def _propose(world: World, key: int, due: int, chance: float, event: int, phase:
         before = 0.0
         for other in range(tier.own[0].waiting):
             if tier.waiting[other].due <= due:
-                before += tier.own[0].seconds
+                before += tier.seconds_L[tier.cache.keys[tier.waiting[other].key].layer]
         begin = max(ready, max(tier.slots[free_slot(tier)], tier.own[0].bus - tier.own[0].latency)) + before
-        if not expected_value.admits(_worth(tier, world.own, chance, begin, event, due), world.plan.parameter):
+        if not expected_value.admits(_worth(tier, world.own, key, chance, begin, event, due), world.plan.parameter):
             return
     enqueue(tier, key, due, chance, ready, phase)
 

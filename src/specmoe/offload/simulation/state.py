@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from specmoe.offload.capacity import ExpertBytes, bytes_L, units_L
 from specmoe.offload.compiled import Records
 from specmoe.offload.hardware.profile import Link
 from specmoe.offload.policies.state import PolicyState, make_state
@@ -14,7 +15,7 @@ from specmoe.topology import Topology
 
 __all__ = ["COUNTS", "Log", "Tier", "counted", "make_log", "make_tier"]
 
-# Columns of the table of counts; all of them count experts, so times an expert's size they are bytes.
+# Columns of the table of counts; all of them count experts by layer, so times the size of a layer's they are bytes.
 COUNTS = (
     "accesses",  # experts that events needed
     "hits",  # of them, those that were there
@@ -35,7 +36,6 @@ NEVER = np.iinfo(np.int64).max
 TIER = np.dtype(
     [
         ("latency", "f8"),
-        ("seconds", "f8"),
         ("bus", "f8"),
         ("busy", "f8"),
         ("policy", "i8"),
@@ -67,10 +67,10 @@ class Tier(NamedTuple):
     A transfer takes one of the link's slots; its fixed cost overlaps with that of others, its bytes do not.
 
     Attributes:
-        own: one record. latency: fixed cost of a transfer, s. seconds: in which one expert passes the bus. bus: when
-            the last bytes have passed. busy: seconds in which bytes passed. policy: number of the eviction policy.
-            waiting: length of the queue. flights: prefetches under way. held: experts held or on their way, largest:
-            most of them at once. soonest: the first event that needs what was evicted since an oracle last looked.
+        own: one record. latency: fixed cost of a transfer, s. bus: when the last bytes have passed. busy: seconds in
+            which bytes passed. policy: number of the eviction policy. waiting: length of the queue. flights: prefetches
+            under way. held: experts held or on their way, largest: most of them at once. soonest: the first event that
+            needs what was evicted since an oracle last looked.
         cache: the policy's state.
         copies: records [N]. chance, due: as foreseen last, and for which event. arrival: when a prefetch under way
             arrives, inf for none. evicted: the event at which a prefetch pushed the expert out, negative for none.
@@ -78,7 +78,8 @@ class Tier(NamedTuple):
             nowhere.
         waiting: records, the queue. due: event it is for. chance: of being needed. ready: when it may start. key.
         slots: float64 [parallelism], when each slot is free. flying: int32, the experts under way.
-        counts: int64 [2, len(COUNTS)], prefill and decode.
+        seconds_L: float64, in which an expert of each layer passes the bus.
+        counts: int64 [2, L, len(COUNTS)], prefill and decode.
     """
 
     own: Records
@@ -87,6 +88,7 @@ class Tier(NamedTuple):
     waiting: Records
     slots: Any
     flying: NDArray[np.int32]
+    seconds_L: NDArray[np.float64]
     counts: NDArray[np.int64]
 
 
@@ -102,29 +104,32 @@ class Log(NamedTuple):
     size: NDArray[np.int64]
 
 
-def make_tier(policy: int, topology: Topology, capacity_G: NDArray[np.int64], link: Link, size: int) -> Tier:
+def make_tier(
+    policy: int, topology: Topology, capacity_G: NDArray[np.int64], link: Link, expert_bytes: ExpertBytes
+) -> Tier:
     """An empty cache behind an idle link.
 
     Args:
-        policy: number of the eviction policy. capacity_G: int64, experts that each cache holds: one cache for all
-            layers, or one a layer. size: of an expert, in bytes.
+        policy: number of the eviction policy. capacity_G: int64, units that each cache holds: one cache for all
+            layers, or one a layer. expert_bytes: of an expert; by layer where they differ, and units are bytes.
     """
     keys = topology.layers * topology.experts
     layer_N = np.repeat(np.arange(topology.layers, dtype=np.int32), topology.experts)
     group_N = layer_N if len(capacity_G) == topology.layers else np.zeros_like(layer_N)
     own = np.zeros(1, dtype=TIER)
-    own["latency"], own["seconds"], own["policy"] = link.latency, size / link.bandwidth, policy
+    own["latency"], own["policy"] = link.latency, policy
     own["soonest"] = NEVER
     copies = np.zeros(keys, dtype=COPY)
     copies["arrival"], copies["evicted"], copies["waits"] = np.inf, -1, -1
     return Tier(
         own=own,
-        cache=make_state(group_N, layer_N, capacity_G, topology.layers),
+        cache=make_state(group_N, layer_N, capacity_G, topology.layers, units_L(topology, expert_bytes)),
         copies=copies,
         waiting=np.zeros(link.queue_depth, dtype=WAIT),
         slots=np.zeros(link.parallelism),
         flying=np.zeros(keys, dtype=np.int32),
-        counts=np.zeros((2, len(COUNTS)), dtype=np.int64),
+        seconds_L=bytes_L(topology, expert_bytes) / link.bandwidth,
+        counts=np.zeros((2, topology.layers, len(COUNTS)), dtype=np.int64),
     )
 
 
@@ -135,4 +140,4 @@ def make_log(spans: int) -> Log:
 
 def counted(tier: Tier, phase: int) -> dict[str, int]:
     """The counts of one phase, by name."""
-    return dict(zip(COUNTS, tier.counts[phase].tolist(), strict=True))
+    return dict(zip(COUNTS, tier.counts[phase].sum(0).tolist(), strict=True))

@@ -37,25 +37,25 @@ __all__ = ["run_timeline"]
 @compiled()
 def _fetch(world: World, key: int, begin: float, event: int, phase: int) -> float:
     """Bring an expert that is needed now to the device, which has room: when it is there."""
-    host = world.host
+    host, layer = world.host, world.device.cache.keys[key].layer
     if world.tiers == 3:
         if host.cache.keys[key].resident:
             use_host_copy(host, key, event, phase)
         elif host.copies[key].arrival < np.inf:
             begin = max(begin, host.copies[key].arrival)
             arrived(host, key, event)
-            host.counts[phase, ACCESSES] += 1
-            host.counts[phase, LATE] += 1
+            host.counts[phase, layer, ACCESSES] += 1
+            host.counts[phase, layer, LATE] += 1
         else:
-            room = make_room(host, host.cache.keys[key].group, event, phase, begin)
-            start, begin = transfer(host, room)
-            occupy(host, host.cache.keys[key].group)
+            room = make_room(host, key, event, phase, begin)
+            start, begin = transfer(host, key, room)
+            occupy(host, key)
             host.cache.keys[key].resident = True
             insert(host.own[0].policy, host.cache, key, event)
-            host.counts[phase, ACCESSES] += 1
-            host.counts[phase, MISSES] += 1
+            host.counts[phase, layer, ACCESSES] += 1
+            host.counts[phase, layer, MISSES] += 1
             record(world.log, DEMAND, 1, key, event, start, begin)
-    start, end = transfer(world.device, begin)
+    start, end = transfer(world.device, key, begin)
     record(world.log, DEMAND, 2, key, event, start, end)
     return end
 
@@ -76,11 +76,11 @@ def _fetch_all(world: World, start: int, stop: int, event: int, phase: int, begi
 
 
 @compiled()
-def _computing(world: World, first: int, stop: int) -> float:
-    """Seconds in which the experts of some accesses compute."""
-    seconds = 0.0
+def _computing(world: World, layer: int, first: int, stop: int) -> float:
+    """Seconds in which the experts of some accesses to a layer compute."""
+    seconds, expert, token = 0.0, world.times.expert_L[layer], world.times.token_L[layer]
     for access in range(first, stop):
-        seconds += world.times.expert + (world.stream.tokens_M[access] - 1) * world.times.token
+        seconds += expert + (world.stream.tokens_M[access] - 1) * token
     return seconds
 
 
@@ -112,10 +112,10 @@ def _serve(
     for access in range(stop - 1, start - 1, -1):
         key = keys_M[access]
         if not missing_E[access - start]:
-            counts[phase, HITS] += 1
+            counts[phase, layer, HITS] += 1
             if copies[key].unused:
                 copies[key].unused = False
-                counts[phase, USED] += 1
+                counts[phase, layer, USED] += 1
                 world.own[0].kept += 1
             # A wave may have let it go again; it has been used all the same.
             if keys[key].resident:
@@ -129,34 +129,33 @@ def _serve(
                 ready = max(ready, copies[key].arrival)
                 arrived(device, key, event)
             copies[key].unused = False
-            counts[phase, LATE] += 1
+            counts[phase, layer, LATE] += 1
             world.own[0].kept += 1
             continue
-        group = keys[key].group
-        begin = make_room(device, group, event, phase, now)
+        begin = make_room(device, key, event, phase, now)
         if begin < 0:
             # More experts than the cache holds: those that are there compute, and make room.
             ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
             record(world.log, STALL, 0, layer, event, now, ready)
             waited += ready - now
-            now = ready + _computing(world, access + 1, computed)
+            now = ready + _computing(world, layer, access + 1, computed)
             record(world.log, EXPERTS, 0, layer, event, ready, now)
             computed, ready = min(computed, access + 1), now
             cache.clock[0].stamp += 1
-            begin = make_room(device, group, event, phase, now)
+            begin = make_room(device, key, event, phase, now)
         keys[key].pinned = cache.clock[0].stamp
-        occupy(device, group)
+        occupy(device, key)
         begin_E[access - start] = begin
         keys[key].resident = True
         insert(own[0].policy, cache, key, event)
-        counts[phase, MISSES] += 1
+        counts[phase, layer, MISSES] += 1
         fetched += 1
         if copies[key].evicted >= 0:
             if event - copies[key].evicted <= lifetime(device, world.own):
                 world.own[0].returned += 1
             copies[key].evicted = -1
     ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
-    counts[phase, ACCESSES] += stop - start
+    counts[phase, layer, ACCESSES] += stop - start
     seen = world.own[0]
     seen.miss_chance += ((1.0 if misses else 0.0) - seen.miss_chance) * FOLLOW
     seen.misses += (misses - seen.misses) * FOLLOW
@@ -224,13 +223,13 @@ def run_timeline(
 
             if waited > 0:
                 record(log, STALL, 0, layer, event, router, ready)
-            now = ready + _computing(world, stream.starts_V[event], computed)
+            now = ready + _computing(world, layer, stream.starts_V[event], computed)
             record(log, EXPERTS, 0, layer, event, ready, now)
             stall_J[step] += waited
         end_J[step] = now
     for key in range(stream.layers * stream.experts):
         if device.copies[key].unused or device.copies[key].arrival < np.inf:
-            device.counts[1, WASTED] += 1
+            device.counts[1, key // stream.experts, WASTED] += 1
         if world.tiers == 3 and (host.copies[key].unused or host.copies[key].arrival < np.inf):
-            host.counts[1, WASTED] += 1
+            host.counts[1, key // stream.experts, WASTED] += 1
     return now

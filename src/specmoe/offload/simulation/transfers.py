@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from specmoe.offload.compiled import compiled
+from specmoe.offload.policies.queues import units_of
 from specmoe.offload.simulation.state import (
     CANCELLED,
     EVICTIONS,
@@ -41,15 +42,15 @@ def free_slot(tier: Tier) -> int:
 
 
 @compiled()
-def transfer(tier: Tier, ready: float) -> tuple[float, float]:
-    """Send one expert that may start at ``ready``: when its transfer begins and ends."""
-    link = tier.own[0]
+def transfer(tier: Tier, key: int, ready: float) -> tuple[float, float]:
+    """Send an expert that may start at ``ready``: when its transfer begins and ends."""
+    link, seconds = tier.own[0], tier.seconds_L[tier.cache.keys[key].layer]
     slot = free_slot(tier)
     begin = max(ready, tier.slots[slot])
-    end = max(begin + link.latency, link.bus) + link.seconds
+    end = max(begin + link.latency, link.bus) + seconds
     tier.slots[slot] = end
     link.bus = end
-    link.busy += link.seconds
+    link.busy += seconds
     return begin, end
 
 
@@ -91,37 +92,46 @@ def settle(tier: Tier, now: float, event: int) -> None:
 @compiled()
 def evict(tier: Tier, key: int, phase: int) -> None:
     """``key``, which its policy has given up, is gone."""
+    layer = tier.cache.keys[key].layer
     tier.cache.keys[key].resident = False
-    tier.cache.caches[tier.cache.keys[key].group].size -= 1
+    tier.cache.caches[tier.cache.keys[key].group].size -= tier.cache.units_L[layer]
     tier.own[0].held -= 1
-    tier.counts[phase, EVICTIONS] += 1
+    tier.counts[phase, layer, EVICTIONS] += 1
     tier.own[0].soonest = min(tier.own[0].soonest, tier.cache.keys[key].next_use)
     if tier.copies[key].unused:
         tier.copies[key].unused = False
-        tier.counts[phase, WASTED] += 1
+        tier.counts[phase, layer, WASTED] += 1
 
 
 @compiled()
-def occupy(tier: Tier, group: int) -> None:
-    """One place of a cache is taken, from the moment its transfer begins."""
-    tier.cache.caches[group].size += 1
+def occupy(tier: Tier, key: int) -> None:
+    """An expert's place in its cache is taken, from the moment its transfer begins."""
+    tier.cache.caches[tier.cache.keys[key].group].size += units_of(tier.cache, key)
     tier.own[0].held += 1
     tier.own[0].largest = max(tier.own[0].largest, tier.own[0].held)
 
 
 @compiled()
-def make_room(tier: Tier, group: int, event: int, phase: int, begin: float) -> float:
-    """Free a place for an expert that is needed now.
+def lacks_room(tier: Tier, key: int) -> bool:
+    """Whether something must leave an expert's cache before it can come."""
+    cache = tier.cache.caches[tier.cache.keys[key].group]
+    return cache.size + units_of(tier.cache, key) > cache.capacity
+
+
+@compiled()
+def make_room(tier: Tier, wanted: int, event: int, phase: int, begin: float) -> float:
+    """Free the place of an expert, ``wanted``, that is needed now.
 
     Returns:
         When its transfer may start: ``begin``, or later if the place is held by a prefetch that must arrive before
         it can be evicted. -1 if all that is held is in use.
     """
-    while tier.cache.caches[group].size >= tier.cache.caches[group].capacity:
+    group = tier.cache.keys[wanted].group
+    while lacks_room(tier, wanted):
         key = victim(tier.own[0].policy, tier.cache, group, event)
         if key >= 0:
             evict(tier, key, phase)
-            break
+            continue
         # Only a prefetch into the same cache can give way, and none that is needed now.
         coming = -1
         for place in range(tier.own[0].flights):
@@ -170,8 +180,9 @@ def enqueue(tier: Tier, key: int, due: int, chance: float, ready: float, phase: 
                 waiting[place].due == waiting[worst].due and waiting[place].chance < waiting[worst].chance
             ):
                 worst = place
-        tier.counts[phase, REFUSED] += 1
-        if due > waiting[worst].due or (due == waiting[worst].due and chance <= waiting[worst].chance):
+        refused = due > waiting[worst].due or (due == waiting[worst].due and chance <= waiting[worst].chance)
+        tier.counts[phase, tier.cache.keys[key if refused else waiting[worst].key].layer, REFUSED] += 1
+        if refused:
             return
         forget(tier, worst)
         size -= 1
@@ -190,7 +201,7 @@ def expire(tier: Tier, event: int, phase: int) -> None:
     while place < tier.own[0].waiting:
         key = tier.waiting[place].key
         if tier.waiting[place].due <= event or tier.cache.keys[key].pinned == stamp:
-            tier.counts[phase, CANCELLED] += 1
+            tier.counts[phase, tier.cache.keys[key].layer, CANCELLED] += 1
             forget(tier, place)
         else:
             place += 1

@@ -34,8 +34,8 @@ class Times(NamedTuple):
 
     layer: float
     token_layer: float
-    expert: float
-    token: float
+    expert_L: NDArray[np.float64]
+    token_L: NDArray[np.float64]
     other: float
     prediction: float
 

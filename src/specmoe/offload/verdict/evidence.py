@@ -9,6 +9,7 @@ from specmoe.evaluation import interval_of, resampled
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.results import RunResult, SimulationResults
 from specmoe.offload.verdict.sensitivity import Cell, Precision, Sensitivity
+from specmoe.offload.words import capacity_text
 from specmoe.results import Interval
 
 __all__ = ["Change", "Evidence", "evidence_of"]
@@ -32,7 +33,8 @@ class Evidence(_Model):
     """All of it. Gains are relative to tokens a second without prefetching; times are seconds.
 
     Attributes:
-        model, hardware, policy, held, experts, expert_bytes: what was simulated. tokens, documents: on how much text.
+        model, hardware, policy, held, experts, expert_bytes, all_bytes: what was simulated, see ``MachineFacts`` (held:
+            its capacity). tokens, documents: on how much text.
         changed: what of the hardware's profile was overridden.
         tokens_per_second: without prefetching. stall_share: of its time, waiting. seconds: T, that time.
         computing: of it, C. loading: F, that its loads need at least with the link always busy.
@@ -54,7 +56,8 @@ class Evidence(_Model):
     policy: str
     held: int
     experts: int
-    expert_bytes: int
+    expert_bytes: int | tuple[int, ...]
+    all_bytes: int | None = None
     tokens: int
     documents: int
     tokens_per_second: float
@@ -74,6 +77,11 @@ class Evidence(_Model):
     break_even: float | None = None
     changes: tuple[Change, ...] = ()
     cells: tuple[Cell, ...] = ()
+
+    @property
+    def everything(self) -> int:
+        """What ``held`` and the capacities of ``cells`` are parts of: experts, or bytes where their sizes differ."""
+        return self.experts if isinstance(self.expert_bytes, int) else self.all_bytes or self.held
 
     @property
     def load(self) -> float:
@@ -101,13 +109,14 @@ def evidence_of(results: SimulationResults, sensitivity: Sensitivity) -> Evidenc
         held=machine.capacity,
         experts=machine.experts,
         expert_bytes=machine.expert_bytes,
+        all_bytes=machine.all_bytes,
         tokens=results.demand.tokens,
         documents=len(results.demand.documents),
         tokens_per_second=baseline.tokens_per_second,
         stall_share=baseline.stall / baseline.seconds,
         computing=baseline.compute,
         seconds=baseline.seconds,
-        loading=_demanded(baseline) * machine.hardware.links[-1].least_seconds(machine.expert_bytes),
+        loading=machine.hardware.links[-1].least_seconds(baseline.demand_bytes, _demanded(baseline)),
         miss_ratio=1 - baseline.hit_rate,
         enough=_enough(results),
         oracle=_gain(oracle),
@@ -121,7 +130,7 @@ def evidence_of(results: SimulationResults, sensitivity: Sensitivity) -> Evidenc
         changes=(
             *_policies(results),
             *_smaller(baseline, sensitivity),
-            *_larger(baseline, sensitivity, machine.capacity),
+            *_larger(baseline, sensitivity, machine.capacity, machine.expert_bytes),
         ),
         cells=sensitivity.cells,
     )
@@ -167,7 +176,9 @@ def _smaller(baseline: RunResult, sensitivity: Sensitivity) -> list[Change]:
     return found
 
 
-def _larger(baseline: RunResult, sensitivity: Sensitivity, capacity: int) -> list[Change]:
+def _larger(
+    baseline: RunResult, sensitivity: Sensitivity, capacity: int, expert_bytes: int | tuple[int, ...]
+) -> list[Change]:
     """Twice the link, or the next larger cache of the table; a whole run each, without interval."""
     found = []
     larger = [cell for cell in sensitivity.cells if cell.factor == 1 and cell.capacity > capacity]
@@ -175,7 +186,8 @@ def _larger(baseline: RunResult, sensitivity: Sensitivity, capacity: int) -> lis
     for cells, what in ((faster, "a link of twice the bandwidth"), (larger[-1:], "")):
         for cell in cells:
             value = round(baseline.seconds / cell.none - 1, 6)
-            text = what or f"a cache of {cell.capacity} experts instead of {capacity}"
+            here = str(capacity) if isinstance(expert_bytes, int) else capacity_text(capacity, expert_bytes)
+            text = what or f"a cache of {capacity_text(cell.capacity, expert_bytes)} instead of {here}"
             found.append(Change(what=text, gain=Interval(value=value, low=value, high=value)))
     return found
 

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
 from specmoe.offload.admission.registry import Admission
+from specmoe.offload.capacity import all_units, unit_bytes
 from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions, with_recall
 from specmoe.offload.running import scaled
-from specmoe.offload.simulator import Machine, Run, simulate, simulate_oracle
+from specmoe.offload.simulator import Machine, Run, least_capacity, simulate, simulate_oracle
+from specmoe.offload.words import capacity_text
 from specmoe.results import validated
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
@@ -39,8 +41,8 @@ class _Model(BaseModel):
 class Cell(_Model):
     """One place of the table. Seconds of the whole demand.
 
-    factor: on the links' bandwidth. capacity: experts held. none, oracle: without prefetching, and with the oracle.
-    predictor: with the best predictor; None where there is none.
+    factor: on the links' bandwidth. capacity: experts held, or bytes where they differ in size. none, oracle: without
+    prefetching, and with the oracle. predictor: with the best predictor; None where there is none.
     """
 
     factor: float
@@ -51,7 +53,7 @@ class Cell(_Model):
 
 
 class Fewer(_Model):
-    """Without prefetching, experts stored in ``bits`` a weight; ``capacity``: how many fit into the same bytes."""
+    """Without prefetching, experts stored in ``bits`` a weight; ``capacity``: of the same bytes, in the same unit."""
 
     bits: float
     capacity: int
@@ -110,7 +112,7 @@ def measure_sensitivity(
     cells = []
     for factor in FACTORS:
         for capacity in sizes:
-            on_run(done, total, f"{factor:g} × the bandwidth, {capacity} experts")
+            on_run(done, total, f"{factor:g} × the bandwidth, {capacity_text(capacity, machine.expert_bytes)}")
             here = scaled(replace(machine, capacity=capacity), factor)
             run = None if predictions is None else Run("predictor", predictions, admission, seconds=seconds)
             cells.append(
@@ -126,9 +128,9 @@ def measure_sensitivity(
     fewer = []
     for bits in BITS:
         on_run(done, total, f"{bits:g} bits a weight")
-        size = max(1, round(machine.expert_bytes * bits / _STORED_BITS))
-        experts = demand.topology.layers * demand.topology.experts
-        capacity = min(experts, machine.capacity * machine.expert_bytes // size)
+        stored = machine.expert_bytes
+        size = _fewer(stored, bits) if isinstance(stored, int) else tuple(_fewer(each, bits) for each in stored)
+        capacity = min(all_units(demand.topology, size), machine.held_bytes // unit_bytes(size))
         outcome = simulate(demand, replace(machine, expert_bytes=size, capacity=capacity))
         seconds_G = tuple(outcome.group_seconds(demand).round(9).tolist())
         fewer.append(Fewer(bits=bits, capacity=capacity, seconds=outcome.seconds, group_seconds=seconds_G))
@@ -146,10 +148,14 @@ def measure_sensitivity(
     return found
 
 
+def _fewer(size: int, bits: float) -> int:
+    return max(1, round(size * bits / _STORED_BITS))
+
+
 def _capacities(machine: Machine, demand: Demand) -> Sequence[int]:
     topology = demand.topology
-    everything = topology.layers * topology.experts
-    least = topology.top_k * (topology.layers if machine.per_layer else 1)
+    everything = all_units(topology, machine.expert_bytes)
+    least = least_capacity(machine, topology)
     most = max(machine.capacity, int(_MOST * everything))
     return sorted({min(most, max(least, round(machine.capacity * factor))) for factor in CAPACITIES})
 

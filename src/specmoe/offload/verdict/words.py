@@ -5,7 +5,7 @@ from __future__ import annotations
 from specmoe.offload.policies.registry import POLICIES
 from specmoe.offload.verdict.decide import Answer, Verdict
 from specmoe.offload.verdict.evidence import Evidence
-from specmoe.offload.words import size_text
+from specmoe.offload.words import capacity_text, held_text, size_text
 from specmoe.results import Interval
 
 __all__ = ["verdict_page"]
@@ -16,6 +16,8 @@ _ANSWERS = {Answer.DO: "do", Answer.DO_NOT: "don't", Answer.OPEN: "not settled"}
 def verdict_page(evidence: Evidence, verdict: Verdict) -> str:
     """Answer, the numbers it rests on, the reasoning, and the sensitivity table."""
     e, title = evidence, POLICIES[evidence.policy].title
+    held = held_text(e.held, e.experts, e.expert_bytes, e.all_bytes)
+    size = f" ({size_text(e.held * e.expert_bytes)})" if isinstance(e.expert_bytes, int) else ""
     speed = f"{e.tokens_per_second:,.0f}" if e.tokens_per_second >= 100 else f"{e.tokens_per_second:.3g}"
     lines = [
         f"# Prefetch experts? {_ANSWERS[verdict.answer].capitalize()}.",
@@ -26,8 +28,8 @@ def verdict_page(evidence: Evidence, verdict: Verdict) -> str:
         else "No change that was tried brings more than is asked for.",
         "",
         f"On {e.model}, {e.tokens:,} tokens of {e.documents} documents, {e.hardware}"
-        f"{' (' + '; '.join(e.changed) + ')' if e.changed else ''}, {e.held} of {e.experts} experts held "
-        f"({size_text(e.held * e.expert_bytes)}), {title}: {speed} tokens/s without prefetching.",
+        f"{' (' + '; '.join(e.changed) + ')' if e.changed else ''}, {held} held{size}, "
+        f"{title}: {speed} tokens/s without prefetching.",
         "",
         "| what | gain in tokens/s |",
         "|---|--:|",
@@ -55,8 +57,8 @@ def _reasoning(e: Evidence) -> list[str]:
         lines.append(f"- No prefetching and no eviction can gain more than {e.bound:.1%} on this cache and link.")
     if e.enough is not None:
         lines.append(
-            f"- Working set: {e.enough:.0%} of the experts are enough to miss at most 10 %; {e.held / e.experts:.0%} "
-            "are held."
+            f"- Working set: {e.enough:.0%} of the experts are enough to miss at most 10 %; "
+            f"{e.held / e.everything:.0%} are held."
         )
     else:
         lines.append("- Working set: no cache that was tried misses less than 10 %.")
@@ -79,7 +81,9 @@ def _table(e: Evidence) -> list[str]:
         "",
         f"Gain of the oracle{' / ' + e.predictor if e.predictor else ''} over no prefetching on the same machine, %.",
         "",
-        "| bandwidth | " + " | ".join(f"{size} experts ({size / e.experts:.0%})" for size in sizes) + " |",
+        "| bandwidth | "
+        + " | ".join(f"{capacity_text(size, e.expert_bytes)} ({size / e.everything:.0%})" for size in sizes)
+        + " |",
         "|---" + "|--:" * len(sizes) + "|",
     ]
     for factor in sorted({cell.factor for cell in e.cells}):

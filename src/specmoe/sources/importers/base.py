@@ -43,6 +43,7 @@ class ImportOptions:
     Attributes:
         model_id: name of the model that was traced.
         experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
+        experts_per_layer: of each MoE layer where they differ; the largest is ``experts``.
         axes: names of the axes of arrays of experts, in order; see :mod:`specmoe.sources.importers.axes`. None to take
             them for tokens, layers, k, unless the number of tokens says otherwise.
         group_by: what documents are grouped by, a field or ``file`` or ``folder``; None to let the importer tell.
@@ -50,6 +51,7 @@ class ImportOptions:
 
     model_id: str = "unknown"
     experts: int | None = None
+    experts_per_layer: tuple[int, ...] | None = None
     axes: tuple[str, ...] | None = None
     group_by: str | None = None
 
@@ -127,9 +129,12 @@ def topology_of(
     experts: int,
     top_k: int,
     hidden_size: int = 0,
-    bytes_per_expert: int | None = None,
+    bytes_per_expert: tuple[int, ...] | None = None,
 ) -> Topology:
     """A topology from what a file says; ``options.experts`` may only widen the number of experts.
+
+    Args:
+        bytes_per_expert: of each layer; None where the file does not say.
 
     Raises:
         SpecmoeError: no model has this shape, or the file has more experts than the user says.
@@ -138,6 +143,12 @@ def topology_of(
         if options.experts < experts:
             raise SpecmoeError(f"--experts {options.experts} is too few: expert id {experts - 1} occurs")
         experts = options.experts
+    counts = options.experts_per_layer
+    if counts is not None and (len(counts) != layers or min(counts) < top_k):
+        raise SpecmoeError(
+            f"--experts names {len(counts)} layers with at least {min(counts)} experts each, but there are {layers} "
+            f"layers, and a token is routed to {top_k} experts of each; give one number, or one for each layer"
+        )
     try:
         return Topology(
             model_id=options.model_id,
@@ -145,7 +156,8 @@ def topology_of(
             experts=experts,
             top_k=top_k,
             hidden_size=hidden_size,
-            bytes_per_expert=bytes_per_expert,
+            bytes_per_expert_by_layer=bytes_per_expert,
+            experts_per_layer=counts,
         )
     except ValueError as error:
         raise SpecmoeError(

@@ -90,7 +90,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
         layers=len(layers_L),
         experts=max(preamble.experts, contents.survey.experts),
         top_k=max(preamble.top_k, contents.survey.top_k),
-        bytes_per_expert=round(sum(sizes) / len(sizes)) if all(sizes) else None,
+        bytes_per_expert=tuple(sizes) if all(sizes) else None,
     )
     return ForeignTrace(
         topology=topology,

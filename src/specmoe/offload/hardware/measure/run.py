@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from specmoe.errors import SpecmoeError
 from specmoe.offload.hardware.measure.compute import (
     ModelTimes,
     Rates,
@@ -77,6 +78,11 @@ def measure_hardware(
     if model is not None:
         tell(0, total, f"loading {model}")
         loaded = load_for_measuring(model, dtype)
+        if loaded.topology.experts_per_layer is not None or loaded.topology.bytes_per_expert_by_layer is not None:
+            raise SpecmoeError(
+                f"the layers of {model} have experts of different sizes or numbers, and one layer would be measured "
+                "for all; measure the machine without --model, and its two rates give the times of each layer"
+            )
         expert_bytes = expert_bytes or loaded.topology.bytes_per_expert
     sizes = [*plan.disk_sizes, *([expert_bytes] if expert_bytes is not None else [])]
     disk = measure_disk(
