@@ -15,13 +15,13 @@ from specmoe.offload.admission.registry import Admission
 from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions, with_recall
 from specmoe.offload.running import scaled
-from specmoe.offload.simulator import Machine, Run, simulate, simulate_oracle
+from specmoe.offload.simulator import Machine, Outcome, Run, simulate, simulate_oracle
 from specmoe.results import validated
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
 
 _FORMAT = "specmoe-sensitivity"
-_VERSION = 1
+_VERSION = 2
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 CAPACITIES = (0.5, 1.0, 1.5, 2.0)
 # A cache that holds nearly everything says nothing.
@@ -40,7 +40,7 @@ class Cell(_Model):
     """One place of the table. Seconds of the whole demand.
 
     factor: on the links' bandwidth. capacity: experts held. none, oracle: without prefetching, and with the oracle.
-    predictor: with the best predictor; None where there is none.
+    predictor: with the best predictor; None where there is none. group_seconds: of ``none``, by batch of sequences.
     """
 
     factor: float
@@ -48,6 +48,7 @@ class Cell(_Model):
     none: float
     oracle: float
     predictor: float | None
+    group_seconds: tuple[float, ...] = ()
 
 
 class Fewer(_Model):
@@ -113,13 +114,15 @@ def measure_sensitivity(
             on_run(done, total, f"{factor:g} × the bandwidth, {capacity} experts")
             here = scaled(replace(machine, capacity=capacity), factor)
             run = None if predictions is None else Run("predictor", predictions, admission, seconds=seconds)
+            none = simulate(demand, here)
             cells.append(
                 Cell(
                     factor=factor,
                     capacity=capacity,
-                    none=simulate(demand, here).seconds,
+                    none=none.seconds,
                     oracle=simulate_oracle(demand, here).seconds,
                     predictor=None if run is None else simulate(demand, here, run).seconds,
+                    group_seconds=_by_group(none, demand),
                 )
             )
             done += 1
@@ -130,8 +133,9 @@ def measure_sensitivity(
         experts = demand.topology.layers * demand.topology.experts
         capacity = min(experts, machine.capacity * machine.expert_bytes // size)
         outcome = simulate(demand, replace(machine, expert_bytes=size, capacity=capacity))
-        seconds_G = tuple(outcome.group_seconds(demand).round(9).tolist())
-        fewer.append(Fewer(bits=bits, capacity=capacity, seconds=outcome.seconds, group_seconds=seconds_G))
+        fewer.append(
+            Fewer(bits=bits, capacity=capacity, seconds=outcome.seconds, group_seconds=_by_group(outcome, demand))
+        )
         done += 1
     none = simulate(demand, machine).seconds
     precisions = []
@@ -144,6 +148,10 @@ def measure_sensitivity(
     found = Sensitivity(fingerprint=fingerprint, cells=tuple(cells), fewer=tuple(fewer), precisions=tuple(precisions))
     write_json(path, found.model_dump(mode="json"))
     return found
+
+
+def _by_group(outcome: Outcome, demand: Demand) -> tuple[float, ...]:
+    return tuple(outcome.group_seconds(demand).round(10).tolist())
 
 
 def _capacities(machine: Machine, demand: Demand) -> Sequence[int]:
