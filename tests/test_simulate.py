@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Compute, Hardware, Link
 from specmoe.offload.jobs import SimulationJob
 from specmoe.offload.page import render_simulation
-from specmoe.offload.prefetchers.loading import candidates_of_trace, open_data, recall_at_need
+from specmoe.offload.prefetchers.loading import candidates_of_trace, open_data, open_trace, recall_at_need
 from specmoe.offload.prefetchers.predictions import with_recall
 from specmoe.offload.results import RunResult, SimulationResults
 from specmoe.offload.running import Simulator, scaled
@@ -28,7 +29,6 @@ from specmoe.offload.simulator import Run, simulate
 from specmoe.offload.study import Settings, bound, chosen_documents, machine_of, simulate_trace
 from specmoe.offload.words import found, run_table
 from specmoe.report.theme import LIGHT, vega_config
-from specmoe.suite.data import SuiteData
 from specmoe.suite.train import train_suite
 from specmoe.topology import Topology
 from specmoe.trace import Trace
@@ -200,13 +200,14 @@ def test_only_documents_that_no_predictor_has_seen(made: tuple[SimulationResults
     seen = {trace.documents[i].doc_id for part in ("train", "validation") for i in split.parts[part]}
     assert made[0].demand.documents
     assert not seen & set(made[0].demand.documents)
-    data = SuiteData.load(synthetic_path, (1, 2))
-    assert chosen_documents(data, "test", None) == split.parts["test"]
-    assert len(chosen_documents(data, "all", None)) == 30
-    assert chosen_documents(data, "test", 100) == split.parts["test"][:2]
-    assert chosen_documents(data, "test", 1) == split.parts["test"][:1]
+    opened = open_trace(synthetic_path, patterns=("LayerMarkov",))
+    assert opened.part == "test"
+    assert chosen_documents(opened, None) == split.parts["test"]
+    assert len(chosen_documents(dataclasses.replace(opened, part="all"), None)) == 30
+    assert chosen_documents(opened, 100) == split.parts["test"][:2]
+    assert chosen_documents(opened, 1) == split.parts["test"][:1]
     with pytest.raises(SpecmoeError, match="use test or all"):
-        chosen_documents(data, "train", None)
+        open_trace(synthetic_path, part="train")
 
 
 def test_without_a_run_training_free_predictors_are_prepared(synthetic_path: Path, tmp_path: Path) -> None:

@@ -258,8 +258,8 @@ class CurvePoint(_Model):
 
     @property
     def miss_ratio(self) -> float:
-        """Misses by accesses."""
-        return self.misses / self.accesses
+        """Misses by accesses; 0 where nothing was asked for."""
+        return self.misses / max(1, self.accesses)
 
 
 class Curve(_Model):

@@ -46,7 +46,7 @@ def run_title(run: RunResult) -> str:
     if run.kind == "shuffled":
         return f"{title}, shuffled (control)"
     if run.kind == "frequency":
-        return f"{title} (what the control is held against)"
+        return f"{title} (for the control)"
     return f"nothing ({title} evicts)" if run.kind == "predictor" and not run.admission else title
 
 

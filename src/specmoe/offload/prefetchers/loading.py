@@ -130,6 +130,7 @@ def open_trace(
             raise SpecmoeError(f"{impossible}, or use --documents all, for caches and the oracle without a predictor")
         if impossible or (part == "all" and not patterns):
             unsplit = impossible or _NONE_LEFT
+            on_stage(f"without a predictor: {unsplit}")
             return Opened(
                 opened,
                 None,

@@ -64,9 +64,7 @@ def _answer(e: Evidence, worth: float) -> tuple[Answer, str]:
     if e.bound is not None and e.bound <= worth:
         why = "the experts that any cache of this size must load keep the link busy for nearly as long"
         return Answer.DO_NOT, f"even perfect knowledge gains no more than {e.bound:.1%}: {why}"
-    # An oracle's prefetching is greedy and so no bound: a predictor may yet be shown to gain more.
-    gains = e.gain is not None and _above(e.gain, worth)
-    if e.oracle.high is not None and e.oracle.high <= worth and not gains:
+    if e.oracle.high is not None and e.oracle.high <= worth:
         cause = (
             f"the link works {e.load:.1f} s for each second of computing, so it is full already"
             if e.load > 1
