@@ -19,7 +19,7 @@ from specmoe.offload.verdict.sensitivity import Cell, Precision
 from specmoe.offload.verdict.words import verdict_page
 from specmoe.sources.synthetic import synthetic_trace
 from specmoe.topology import Topology
-from specmoe.trace import Manifest, RoutingRecord, Source, TraceWriter
+from specmoe.trace import Manifest, RoutingRecord, Source, Trace, TraceWriter
 
 SIZE = 1_000_000
 
@@ -184,14 +184,14 @@ def test_the_best_of_the_changes_that_are_sure_comes_first() -> None:
     ("changes", "true", "false"),
     [
         ({"shuffled": interval(0.05, 0.01), "over": interval(0.02, 0.01)}, "are above layer frequency", "as it should"),
-        ({"shuffled": interval(0.05, 0.01), "over": interval(0.0, 0.01)}, "not shown to be above layer frequency", "are a"),
-        ({"shuffled": interval(0.0, 0.01), "over": interval(0.1, 0.01)}, "not shown to be above no prefetching", "are a"),
+        ({"shuffled": interval(0.05, 0.01), "over": interval(0, 0.01)}, "not shown to be above layer f", "are above"),
+        ({"shuffled": interval(0, 0.01), "over": interval(0.1, 0.01)}, "not shown to be above no prefet", "are above"),
         ({"enough": None, "curve": True}, "every cache that was tried misses more than 10 %", "not known"),
         ({"enough": None, "curve": False}, "not known, as no other cache was tried", "every cache"),
         ({"break_even": None}, "does not pay even where all of them are right", "at any recall"),
         ({"break_even": 0.0}, "pays at any recall that was tried", "loses"),
         ({"loading": 300.0}, "with these loads it cannot keep up", "whatever is foreseen"),
-        ({"documents": 1}, "1000 tokens of 1 document,".replace("1000", "1,000"), "1 documents"),
+        ({"documents": 1}, "1,000 tokens of 1 document,", "1 documents"),
     ],
 )  # fmt: skip
 def test_the_reasoning_is_true_of_its_numbers(changes: dict[str, Any], true: str, false: str) -> None:
@@ -288,9 +288,10 @@ def test_numbers_of_a_real_run_agree_with_each_other(synthetic_path: Path, tmp_p
 
 
 def trace_of(path: Path, documents: int, groups: int = 0) -> Path:
-    """Markov routing in documents of 60 tokens; ``groups``: how many groups they are dealt to, 0 for none."""
+    """Markov routing in documents of 20 tokens; ``groups``: how many groups they are dealt to, 0 for none."""
     topology = Topology(model_id="m", layers=4, experts=8, top_k=2, hidden_size=4, bytes_per_expert=SIZE)
-    made = synthetic_trace(path / "made", topology=topology, documents=documents, tokens=60, determinism=0.9, seed=1)
+    synthetic_trace(path / "made", topology=topology, documents=documents, tokens=20, determinism=0.9, seed=1)
+    made = Trace.open(path / "made")
     fields = ("token_ids", "phase", "expert_ids")
     with TraceWriter(path / "trace", Manifest(topology=topology, source=Source(kind="test"), fields=fields)) as writer:
         for number, each in enumerate(made.documents):
