@@ -298,13 +298,15 @@ def test_all_documents_need_no_split_and_no_predictor(synthetic_path: Path, tmp_
     assert results.demand.learned == 0
     assert "all documents are replayed, so none is left to prepare a predictor from" in " ".join(found(results))
     # One that is named is prepared from documents that are then replayed, which is said.
-    named = {"part": "all", "policies": ("lru",), "predictors": ("LayerMarkov",), "max_tokens": 300}
+    named = {"part": "all", "policies": ("lru",), "predictors": ("LayerMarkov",), "max_tokens": 480}
     results = simulated(synthetic_path, tmp_path, named)
     parts = split_documents(Trace.open(synthetic_path).documents).parts
-    learned = [i for i in range(6) if i in {*parts["train"], *parts["validation"]}]
-    assert len(results.demand.documents) == 6
-    assert results.demand.learned == len(learned) > 0
-    assert f"{len(learned)} of the 6 documents are ones that the predictors learned from" in " ".join(found(results))
+    learned = [i for i in range(10) if i in {*parts["train"], *parts["validation"]}]
+    assert len(results.demand.documents) == 10
+    assert {*learned} & {*parts["validation"]}
+    assert {*learned} & {*parts["train"]}
+    assert results.demand.learned == len(learned) < 10
+    assert f"{len(learned)} of the 10 documents are ones that the predictors learned from" in " ".join(found(results))
 
 
 @pytest.mark.parametrize(
@@ -493,6 +495,9 @@ def test_the_verb_and_its_json(
     best = printed.run(f"{printed.best}/lru/expected-value")
     assert list(best.recall) == [2]
     assert best.prediction_seconds > 0
+    # The control knows nothing, and knows it as late.
+    control = printed.run("LayerFrequency/control/lru/expected-value")
+    assert control.prediction_seconds == best.prediction_seconds
     for name in ("simulation.json", "simulation.html", "timeline.json", "misses.svg", "bandwidth.svg", "recall.svg"):
         assert (tmp_path / name).stat().st_size > 1000, name
     assert run_verb(arguments) == 0
