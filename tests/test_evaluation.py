@@ -269,6 +269,24 @@ def test_seeds_widen_an_interval() -> None:
     assert (same.low, same.high) == pytest.approx((0.5, 0.5))
 
 
+def test_seeds_over_one_document_are_no_interval() -> None:
+    """Three seeds that agree on one document settle nothing about another one."""
+    ours, theirs = (
+        Ratios(torch.tensor([[[5.0 + s]], [[5.1 + s]], [[5.3 + s]]]).double(), torch.tensor([[10.0]]).double())
+        for s in (1, 0)
+    )
+    (difference,) = paired_difference(ours, theirs, (1,)).values()
+    assert difference == Interval(value=0.1, low=0.1, high=0.1)
+    (recall,) = by_horizon(ours, (1,)).values()
+    assert recall.low == recall.value == recall.high == pytest.approx(0.613333)
+    bins = torch.zeros(1, 1, CALIBRATION_BINS, 3, dtype=torch.float64)
+    tallies = [Tally(torch.tensor([0]), bins=bins.clone()) for _ in range(3)]
+    for seed, tally in enumerate(tallies):
+        tally.bins[0, 0, 2] = torch.tensor([3.0, 4.0 + seed, 10.0])
+    (error,) = expected_calibration_error(tallies, (1,)).values()
+    assert error == Interval(value=0.2, low=0.2, high=0.2)
+
+
 def test_documents_count_by_their_events() -> None:
     ratios = Ratios.of([tally_of(torch.tensor([1.0, 0.0]), torch.tensor([30, 10]))], "recall@K")
     assert float(ratios.estimate()) == pytest.approx(0.75)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -14,13 +15,14 @@ import vl_convert
 from specmoe.cli import run_verb
 from specmoe.dataset import split_documents
 from specmoe.errors import SpecmoeError
+from specmoe.offload.cache import replay_cache
 from specmoe.offload.capacity import parse_capacity
 from specmoe.offload.charts import bandwidth_chart, curves_chart, recall_chart
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Compute, Hardware, Link
 from specmoe.offload.jobs import SimulationJob
 from specmoe.offload.page import render_simulation
-from specmoe.offload.prefetchers.loading import candidates_of_trace, open_data, recall_at_need
+from specmoe.offload.prefetchers.loading import candidates_of_trace, open_data, open_trace, recall_at_need
 from specmoe.offload.prefetchers.predictions import with_recall
 from specmoe.offload.results import RunResult, SimulationResults
 from specmoe.offload.running import Simulator, scaled
@@ -28,10 +30,10 @@ from specmoe.offload.simulator import Run, simulate
 from specmoe.offload.study import Settings, bound, chosen_documents, machine_of, simulate_trace
 from specmoe.offload.words import found, run_table
 from specmoe.report.theme import LIGHT, vega_config
-from specmoe.suite.data import SuiteData
+from specmoe.sources.synthetic import synthetic_trace
 from specmoe.suite.train import train_suite
 from specmoe.topology import Topology
-from specmoe.trace import Trace
+from specmoe.trace import Manifest, RoutingRecord, Source, Trace, TraceWriter
 
 TINY = "TinySpeculationModel"
 SIZE = 1_000_000
@@ -200,13 +202,14 @@ def test_only_documents_that_no_predictor_has_seen(made: tuple[SimulationResults
     seen = {trace.documents[i].doc_id for part in ("train", "validation") for i in split.parts[part]}
     assert made[0].demand.documents
     assert not seen & set(made[0].demand.documents)
-    data = SuiteData.load(synthetic_path, (1, 2))
-    assert chosen_documents(data, "test", None) == split.parts["test"]
-    assert len(chosen_documents(data, "all", None)) == 30
-    assert chosen_documents(data, "test", 100) == split.parts["test"][:2]
-    assert chosen_documents(data, "test", 1) == split.parts["test"][:1]
+    opened = open_trace(synthetic_path, patterns=("LayerMarkov",))
+    assert opened.part == "test"
+    assert chosen_documents(opened, None) == split.parts["test"]
+    assert len(chosen_documents(dataclasses.replace(opened, part="all"), None)) == 30
+    assert chosen_documents(opened, 100) == split.parts["test"][:2]
+    assert chosen_documents(opened, 1) == split.parts["test"][:1]
     with pytest.raises(SpecmoeError, match="use test or all"):
-        chosen_documents(data, "train", None)
+        open_trace(synthetic_path, part="train")
 
 
 def test_without_a_run_training_free_predictors_are_prepared(synthetic_path: Path, tmp_path: Path) -> None:
@@ -222,6 +225,114 @@ def test_without_a_run_training_free_predictors_are_prepared(synthetic_path: Pat
     names = [each.name for each in candidates_of_trace(data)]
     assert "Ridge" in names
     assert "NextRouter" not in names
+
+
+def test_the_control_is_held_against_layer_frequency(made: tuple[SimulationResults, Path]) -> None:
+    results, _ = made
+    runs = {each.kind: each for each in results.main if each.kind in {"shuffled", "frequency"}}
+    best = results.run(f"{results.best}/lru/expected-value")
+    assert runs["frequency"].predictor == "LayerFrequency"
+    for each in runs.values():
+        assert (each.policy, each.admission) == ("lru", "expected-value")
+        assert each.prediction_seconds == best.prediction_seconds
+    assert "LayerFrequency with the same admission" in " ".join(found(results))
+    # It is no candidate, and foresees the same wherever it is asked.
+    assert "LayerFrequency" not in {each.name for each in results.predictors}
+    assert runs["frequency"].recall != best.recall
+
+
+def test_layer_frequency_that_was_asked_for_is_its_own_control(synthetic_path: Path, tmp_path: Path) -> None:
+    chosen = {"predictors": ("LayerFrequency",), "max_tokens": 100, "prediction_seconds": 0.0, "policies": ("lru",)}
+    results = simulated(synthetic_path, tmp_path, chosen)
+    own, control = (
+        results.run("LayerFrequency/lru/expected-value"),
+        results.run("LayerFrequency/control/lru/expected-value"),
+    )
+    assert own.group_seconds == control.group_seconds
+    assert own.recall == control.recall
+
+
+def short_trace(path: Path, documents: int, tokens: int = 40) -> Path:
+    """Markov routing without hidden states, as public traces of caches are."""
+    topology = Topology(model_id="m", layers=4, experts=8, top_k=2, hidden_size=4, bytes_per_expert=SIZE)
+    synthetic_trace(path / "made", topology=topology, documents=documents, tokens=tokens, determinism=0.9, seed=1)
+    made = Trace.open(path / "made")
+    fields = ("token_ids", "phase", "expert_ids")
+    with TraceWriter(path / "trace", Manifest(topology=topology, source=Source(kind="test"), fields=fields)) as writer:
+        for number, each in enumerate(made.documents):
+            record = made.read(number, ())
+            plain = RoutingRecord(token_ids=record.token_ids, phase=record.phase, expert_ids=record.expert_ids)
+            writer.add(each.doc_id, "d", each.text_sha256, plain)
+    return path / "trace"
+
+
+@pytest.mark.parametrize("part", [None, "all"])
+def test_one_text_is_enough_for_a_cache(part: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = short_trace(tmp_path, 1)
+    stages: list[str] = []
+    results = simulated(trace, tmp_path / "out", {"part": part}, on_stage=stages.append)
+    assert any("without a predictor: the trace has 1 distinct document" in stage for stage in stages)
+    assert (results.demand.part, results.demand.tokens, results.demand.units) == ("all", 40, (0,))
+    assert (results.best, results.predictors, results.split_hash) == ("", (), "")
+    assert "TokenMarkov" in results.left_out
+    # What needs nobody to foresee is all there, and is what any replay of these tokens gives.
+    demand = Demand.of_trace(Trace.open(trace), [0])
+    lru = replay_cache(demand, "lru", 8)
+    assert results.baseline.hit_rate == pytest.approx(1 - lru.misses / lru.accesses)
+    assert {run.kind for run in results.runs} == {"none", "oracle", "perfect", "recall"}
+    assert len(results.curves) == 4
+    assert "NaN" not in (tmp_path / "out" / "simulation.json").read_text()
+    said = " ".join(found(results))
+    assert "No predictor was simulated: the trace has 1 distinct document(s)" in said
+    assert "(no interval: one document)" in said
+    assert "not split" in render_simulation(results)
+    verb = ["simulate", str(trace), "--out", str(tmp_path / "verb"), "--policies", "lru"]
+    assert run_verb([*verb, *(["--documents", part] if part else [])]) == 0
+    assert "no interval: one document" in capsys.readouterr().out
+
+
+def test_all_documents_need_no_split_and_no_predictor(synthetic_path: Path, tmp_path: Path) -> None:
+    results = simulated(synthetic_path, tmp_path, {"part": "all", "policies": ("lru",), "max_tokens": 300})
+    assert results.split_hash == ""
+    assert results.predictors == ()
+    assert results.demand.learned == 0
+    assert "all documents are replayed, so none is left to prepare a predictor from" in " ".join(found(results))
+    # One that is named is prepared from documents that are then replayed, which is said.
+    named = {"part": "all", "policies": ("lru",), "predictors": ("LayerMarkov",), "max_tokens": 480}
+    results = simulated(synthetic_path, tmp_path, named)
+    parts = split_documents(Trace.open(synthetic_path).documents).parts
+    learned = [i for i in range(10) if i in {*parts["train"], *parts["validation"]}]
+    assert len(results.demand.documents) == 10
+    assert {*learned} & {*parts["validation"]}
+    assert {*learned} & {*parts["train"]}
+    assert results.demand.learned == len(learned) < 10
+    assert f"{len(learned)} of the 10 documents are ones that the predictors learned from" in " ".join(found(results))
+
+
+@pytest.mark.parametrize(
+    ("documents", "arguments", "message"),
+    [
+        (1, ["--documents", "test"], "or use --documents all"),
+        (2, ["--predictor", "LayerMarkov"], "must be prepared and calibrated on documents other than those"),
+        (2, ["--predictor", "LayerMarkov", "--documents", "all"], "leave --predictor out"),
+        (1, ["--documents", "al"], "use test or all"),
+        (0, [], "no token to replay"),
+    ],
+)
+def test_what_needs_a_split_says_so(
+    documents: int, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = short_trace(tmp_path, max(1, documents))
+    if not documents:
+        fields = ("token_ids", "phase", "expert_ids")
+        topology, trace = Trace.open(trace).topology, tmp_path / "none"
+        with TraceWriter(trace, Manifest(topology=topology, source=Source(kind="test"), fields=fields)):
+            pass
+    assert run_verb(["simulate", str(trace), "--out", str(tmp_path / "out"), *arguments]) == 2
+    written = capsys.readouterr().err.strip().splitlines()[-1]
+    assert written.startswith("error:")
+    assert message in written
+    assert not (tmp_path / "out" / "simulation.json").exists()
 
 
 def test_the_timeline_opens_in_a_trace_viewer(made: tuple[SimulationResults, Path]) -> None:
@@ -384,6 +495,9 @@ def test_the_verb_and_its_json(
     best = printed.run(f"{printed.best}/lru/expected-value")
     assert list(best.recall) == [2]
     assert best.prediction_seconds > 0
+    # The control knows nothing, and knows it as late.
+    control = printed.run("LayerFrequency/control/lru/expected-value")
+    assert control.prediction_seconds == best.prediction_seconds
     for name in ("simulation.json", "simulation.html", "timeline.json", "misses.svg", "bandwidth.svg", "recall.svg"):
         assert (tmp_path / name).stat().st_size > 1000, name
     assert run_verb(arguments) == 0

@@ -25,12 +25,21 @@ from specmoe.files import write_json
 from specmoe.predictors.recipes import values_of
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.predictors.search import SHARED, Choice, Range
-from specmoe.results import Results
+from specmoe.results import Interval, Results
 from specmoe.suite.data import SuiteData
 from specmoe.topology import Topology
 from specmoe.trace import Trace
 from specmoe.training import EpochReport, FitResult, TrainingFailed
-from specmoe.tuning import Search, TrialNews, apply_recipe, load_tuning, tune, write_picture
+from specmoe.tuning import (
+    Search,
+    TrialNews,
+    apply_recipe,
+    evidence_in_words,
+    gain_in_words,
+    load_tuning,
+    tune,
+    write_picture,
+)
 from specmoe.tuning import trial as trial_module
 from specmoe.tuning.page import picture, summary
 from specmoe.tuning.space import changes_of, space_of
@@ -97,6 +106,18 @@ def test_what_a_search_finds(searched: tuple[Search, Path, set[int]]) -> None:
     assert not list((out / "trials").glob("checkpoint-*"))
     assert all(trial.epochs == trial.values["epochs"] for trial in found.trials if trial.state == "complete")
     assert all(trial.seconds > 0 for trial in found.trials)
+
+
+def test_a_gain_on_one_document_has_no_interval(searched: tuple[Search, Path, set[int]]) -> None:
+    found, _, _ = searched
+    one = found.model_copy(update={"documents": 1, "gain": Interval(value=0.0125, low=0.0125, high=0.0125)})
+    assert one.gain is not None
+    assert gain_in_words(one.gain) == "+1.25"
+    assert evidence_in_words(one) == "no interval over 1 validation document"
+    many = found.model_copy(update={"documents": 9, "gain": Interval(value=0.0125, low=-0.001, high=0.02)})
+    assert many.gain is not None
+    assert gain_in_words(many.gain) == "+1.25 [−0.10, +2.00]"
+    assert evidence_in_words(many) == "95 % interval over 9 validation documents"
 
 
 def test_going_on_keeps_what_there_is(

@@ -243,6 +243,9 @@ def test_empty_traces(tmp_path: Path) -> None:
 
 
 def test_too_few_documents(tmp_path: Path) -> None:
+    single = validate_trace(write(tmp_path / "c", model_records(1, 600)))
+    messages = [finding.message for finding in single.findings if finding.code == "cannot-split"]
+    assert "caches and the oracle need no split (specmoe simulate, specmoe verdict)" in messages[0]
     assert found(write(tmp_path / "a", model_records(2, 600)))["cannot-split"] == "error"
     assert found(write(tmp_path / "b", model_records(6, 200)))["few-documents"] == "warning"
 

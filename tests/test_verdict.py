@@ -10,19 +10,22 @@ import pytest
 
 from specmoe.cli import run_verb
 from specmoe.offload.hardware.profile import Compute, Hardware, Link
+from specmoe.offload.results import Gain
 from specmoe.offload.study import Settings
 from specmoe.offload.verdict.decide import Answer, decide
 from specmoe.offload.verdict.evidence import Change, Evidence, _break_even
 from specmoe.offload.verdict.judge import Judged, judge
 from specmoe.offload.verdict.sensitivity import Cell, Precision
 from specmoe.offload.verdict.words import verdict_page
-from specmoe.results import Interval
+from specmoe.sources.synthetic import synthetic_trace
+from specmoe.topology import Topology
+from specmoe.trace import Manifest, RoutingRecord, Source, Trace, TraceWriter
 
 SIZE = 1_000_000
 
 
-def interval(value: float, half: float = 0.0) -> Interval:
-    return Interval(value=value, low=value - half, high=value + half)
+def interval(value: float, half: float = 0.0) -> Gain:
+    return Gain(value=value, low=value - half, high=value + half, units=10)
 
 
 def evidence(**changes: Any) -> Evidence:
@@ -36,6 +39,8 @@ def evidence(**changes: Any) -> Evidence:
         "expert_bytes": SIZE,
         "tokens": 1000,
         "documents": 10,
+        "independent": "10 documents",
+        "part": "test",
         "tokens_per_second": 10.0,
         "stall_share": 0.33,
         "seconds": 100.0,
@@ -90,8 +95,114 @@ def test_an_interval_that_holds_the_threshold_settles_nothing() -> None:
     assert decide(evidence(predictor="", gain=None)).answer is Answer.OPEN
 
 
+@pytest.mark.parametrize("units", [1, 2, 3, 4])
+def test_few_documents_settle_nothing_that_no_bound_proves(units: int) -> None:
+    """The whole of a gain of 9.8 % was called certain on one document."""
+    words = "one document" if units == 1 else f"{units} documents"
+    few = {"documents": units, "independent": words, "oracle": Gain(value=0.4, units=units)}
+    changes = (Change(what="eviction by SLRU", gain=Gain(value=0.5, units=units)),)
+    for value in (0.098, -0.5, 0.03):
+        numbers = evidence(**few, gain=Gain(value=value, units=units), changes=changes)
+        found = decide(numbers)
+        assert found.answer is Answer.OPEN
+        assert found.first is None
+        for text in (f"(no interval: {words})", "an interval takes 5", f"this is {words}", "give a trace of more"):
+            assert text in found.reason
+        page = verdict_page(numbers, found)
+        assert "Whether a change that was tried brings more than is asked for is not settled." in page
+        assert f"gain in tokens/s (no interval: {words})" in page
+        assert "±" not in page
+        assert "95 %" not in page
+        assert "not settled to be above" in page or numbers.over is None
+    # An oracle that gains nothing on so little text shows nothing either; a bound and the lack of waiting do.
+    little = few | {"oracle": Gain(value=0.0, units=units), "gain": Gain(value=0.0, units=units)}
+    assert decide(evidence(**little)).answer is Answer.OPEN
+    assert decide(evidence(**little, bound=0.03)).answer is Answer.DO_NOT
+    assert "no more than 3.0%" in decide(evidence(**little, bound=0.03)).reason
+    assert decide(evidence(**little, stall_share=0.02)).answer is Answer.DO_NOT
+    assert decide(evidence(**few, gain=None, predictor="", unsplit="it is one text")).reason.endswith("it is one text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"batch": 8}, "take smaller batches (--batch)"),
+        ({}, "of more groups"),
+        ({"part": "test"}, "three in ten are the test part"),
+    ],
+)
+def test_what_to_do_about_few_units(changes: dict[str, Any], advice: str) -> None:
+    few = {"oracle": Gain(value=0.4, units=2), "gain": Gain(value=0.2, units=2), "part": "all"}
+    assert advice in decide(evidence(**(few | changes))).reason
+    assert "three in ten" not in decide(evidence(**few)).reason
+
+
+def test_a_gain_on_text_that_was_learned_from_is_not_enough_to_do_it() -> None:
+    found = decide(evidence(learned=7, part="all"))
+    assert found.answer is Answer.OPEN
+    assert "7 of the 10 documents are ones that it learned from" in found.reason
+    assert "7 of the 10 documents" in verdict_page(evidence(learned=7), found)
+    # What does not even gain there, gains nowhere.
+    assert decide(evidence(learned=7, gain=interval(0.0, 0.01))).answer is Answer.DO_NOT
+
+
+def test_another_admission_that_gains_is_not_hidden() -> None:
+    weak = {"gain": interval(0.001, 0.005)}
+    top = Change(what="top:2", gain=interval(0.1, 0.01))
+    found = decide(evidence(**weak, admissions=(top, Change(what="confidence:0.5", gain=interval(0.02, 0.01)))))
+    assert found.answer is Answer.OPEN
+    assert "by top:2, which was chosen on this very text" in found.reason
+    assert (
+        decide(evidence(**weak, admissions=(Change(what="top:2", gain=interval(0.1, 0.08)),))).answer is Answer.DO_NOT
+    )
+
+
+def test_waiting_is_compared_as_the_gain_that_it_could_be() -> None:
+    # 2.95 % of the time is 3.04 % more tokens a second without it.
+    assert decide(evidence(stall_share=0.0295)).answer is Answer.DO
+    assert decide(evidence(stall_share=0.029)).answer is Answer.DO_NOT
+    assert decide(evidence(stall_share=0.0, gain=interval(0.0)), worth=0.0).answer is Answer.DO_NOT
+
+
+def test_the_oracles_own_interval_counts() -> None:
+    # Between 1 and 5 % it is open whether perfect knowledge would do, and then the predictor decides.
+    assert decide(evidence(oracle=interval(0.02, 0.03), gain=interval(0.025, 0.02))).answer is Answer.OPEN
+    assert decide(evidence(oracle=interval(0.02, 0.01), gain=interval(0.01, 0.01))).answer is Answer.DO_NOT
+
+
+def test_the_best_of_the_changes_that_are_sure_comes_first() -> None:
+    unsure, sure = Change(what="unsure", gain=interval(0.5, 0.49)), Change(what="sure", gain=interval(0.1, 0.01))
+    found = decide(evidence(changes=(unsure, sure, Change(what="less", gain=interval(0.05, 0.01)))))
+    assert found.first == sure
+    page = verdict_page(evidence(changes=(unsure,)), decide(evidence(changes=(unsure,))))
+    assert "is not settled." in page
+    none = evidence(changes=(Change(what="no", gain=interval(0.01, 0.01)),))
+    assert "No change that was tried brings more than is asked for." in verdict_page(none, decide(none))
+
+
+@pytest.mark.parametrize(
+    ("changes", "true", "false"),
+    [
+        ({"shuffled": interval(0.05, 0.01), "over": interval(0.02, 0.01)}, "are above layer frequency", "as it should"),
+        ({"shuffled": interval(0.05, 0.01), "over": interval(0, 0.01)}, "not shown to be above layer f", "are above"),
+        ({"shuffled": interval(0, 0.01), "over": interval(0.1, 0.01)}, "not shown to be above no prefet", "are above"),
+        ({"enough": None, "curve": True}, "every cache that was tried misses more than 10 %", "not known"),
+        ({"enough": None, "curve": False}, "not known, as no other cache was tried", "every cache"),
+        ({"break_even": None}, "does not pay even where all of them are right", "at any recall"),
+        ({"break_even": 0.0}, "pays at any recall that was tried", "loses"),
+        ({"loading": 300.0}, "with these loads it cannot keep up", "whatever is foreseen"),
+        ({"documents": 1}, "1,000 tokens of 1 document,", "1 documents"),
+    ],
+)  # fmt: skip
+def test_the_reasoning_is_true_of_its_numbers(changes: dict[str, Any], true: str, false: str) -> None:
+    numbers = evidence(**changes)
+    page = verdict_page(numbers, decide(numbers))
+    assert true in page
+    assert false not in page
+
+
 def test_what_cannot_be_built_is_never_advised() -> None:
-    future = Change(what="eviction by Belady (knows the future: …)", gain=interval(0.9))
+    future = Change(what="eviction by Belady (knows the future: …)", gain=interval(0.9), buildable=False)
     small = Change(what="eviction by SLRU", gain=interval(0.04, 0.03))
     assert decide(evidence(changes=(future, small))).first is None
 
@@ -174,6 +285,59 @@ def test_numbers_of_a_real_run_agree_with_each_other(synthetic_path: Path, tmp_p
     again = judged(synthetic_path, tmp_path, 1e10)
     assert again.evidence == numbers
     assert (tmp_path / "sensitivity.json").stat().st_mtime_ns == before
+
+
+def trace_of(path: Path, documents: int, groups: int = 0) -> Path:
+    """Markov routing in documents of 20 tokens; ``groups``: how many groups they are dealt to, 0 for none."""
+    topology = Topology(model_id="m", layers=4, experts=8, top_k=2, hidden_size=4, bytes_per_expert=SIZE)
+    synthetic_trace(path / "made", topology=topology, documents=documents, tokens=20, determinism=0.9, seed=1)
+    made = Trace.open(path / "made")
+    fields = ("token_ids", "phase", "expert_ids")
+    with TraceWriter(path / "trace", Manifest(topology=topology, source=Source(kind="test"), fields=fields)) as writer:
+        for number, each in enumerate(made.documents):
+            record = made.read(number, ())
+            plain = RoutingRecord(token_ids=record.token_ids, phase=record.phase, expert_ids=record.expert_ids)
+            group = f"conversation {number % groups}" if groups else ""
+            writer.add(each.doc_id, "d", each.text_sha256, plain, group=group)
+    return path / "trace"
+
+
+@pytest.mark.parametrize(
+    ("documents", "groups", "options", "code", "texts"),
+    [
+        # The test part of three documents is one.
+        (3, 0, ["--predictor", "LayerMarkov"], 3, ("(no interval: one document)", "this is one document")),
+        # One text: nothing can be split, so all of it is replayed, and nobody foresees.
+        (1, 0, [], 3, ("no predictor was simulated: the trace has 1 distinct document(s)",)),
+        (1, 0, ["--documents", "all"], 3, ("no predictor was simulated: the trace has 1 distinct document(s)",)),
+        (12, 0, ["--documents", "all"], 3, ("no predictor was simulated: all documents are replayed", "12 documents)")),
+        # Twelve turns of two conversations are two units, not twelve.
+        (12, 2, [], 3, ("no interval: 2 groups of documents",)),
+    ],
+)  # fmt: skip
+def test_little_text_is_not_settled(
+    documents: int,
+    groups: int,
+    options: list[str],
+    code: int,
+    texts: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trace = trace_of(tmp_path, documents, groups)
+    profile = tmp_path / "slow.json"
+    hardware(1e10).save(profile)
+    verb = ["verdict", str(trace), "--hardware", str(profile), "--out", str(tmp_path / "v"), *options]
+    assert run_verb(verb) == code
+    shown = capsys.readouterr().out
+    assert shown.startswith("# Prefetch experts? Not settled.")
+    for text in texts:
+        assert text in shown, text
+    kept = json.loads((tmp_path / "v" / "verdict.json").read_text())
+    oracle = kept["evidence"]["oracle"]
+    assert oracle["units"] == (groups or (1 if documents < 4 else documents))
+    assert (oracle["low"] is None) == (oracle["units"] < 5)
+    assert kept["exit_code"] == code
 
 
 def test_the_verb_answers_scripts(synthetic_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

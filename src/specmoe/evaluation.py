@@ -200,9 +200,12 @@ class Ratios:
     def draws(self, salt: int = 0) -> Tensor:
         """[draws, H]: documents and seeds resampled, each with replacement.
 
-        The documents' draws do not depend on the predictor, so differences between predictors are paired.
+        The documents' draws do not depend on the predictor, so differences between predictors are paired. One document
+        cannot be resampled, and the spread of seeds over it is no interval: all draws are then the estimate.
         """
         seeds, documents, _ = self.sums_SGH.shape
+        if documents < 2:
+            return self.estimate().expand(BOOTSTRAP_DRAWS, -1)
         by_document = resampled(documents)
         by_seed = resampled(seeds, salt=1 + salt) / seeds
         sums = (by_seed.T[..., None] * (by_document @ self.sums_SGH)).sum(0)
@@ -242,6 +245,8 @@ def expected_calibration_error(tallies: Sequence[Tally], horizons: Sequence[int]
     estimate = error(bins_SGHBX.sum(1)).mean(0)
     per_seed = torch.stack([error(torch.einsum("rg,ghbx->rhbx", by_document, bins)) for bins in bins_SGHBX])
     draws = torch.einsum("rs,srh->rh", by_seed, per_seed)
+    if documents < 2:
+        draws = estimate.expand(BOOTSTRAP_DRAWS, -1)
     return {
         horizon: interval_of(float(estimate[i]), draws[:, i])
         for i, horizon in enumerate(horizons)

@@ -67,7 +67,13 @@ def simulate(
     predictor_seconds: Annotated[
         float | None, typer.Option(min=0, help="That a prediction takes; default: as measured in the run, else 0.")
     ] = None,
-    documents: Annotated[str, typer.Option(help="test: those that no predictor has seen; or all.")] = "test",
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            help="test: those that no predictor has seen; all: every one, without --run and --predictor for caches and "
+            "the oracle alone. Default: test, or all where the trace is too small to be split."
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Whole documents up to so many tokens.")] = None,
     timeline: Annotated[
         int, typer.Option(min=0, max=10_000_000, help="Spans of OUT/timeline.json, for ui.perfetto.dev; 0: none.")

@@ -138,7 +138,7 @@ def _print(search: Search) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from specmoe.tuning import gain_in_words
+    from specmoe.tuning import evidence_in_words, gain_in_words
 
     table = Table(title=f"{search.predictor}: validation recall@K, mean over horizons")
     for column in ("trial", "recall", "epochs", "seconds", "changes"):
@@ -162,6 +162,6 @@ def _print(search: Search) -> None:
         typer.echo("nothing beat the recipe in force")
     elif search.gain is not None:
         typer.echo(
-            f"gain over the recipe in force: {gain_in_words(search.gain)} points (95 % interval over "
-            f"{search.documents} validation documents; chosen by these documents, so expect less on others)"
+            f"gain over the recipe in force: {gain_in_words(search.gain)} points "
+            f"({evidence_in_words(search)}; chosen by these documents, so expect less on others)"
         )

@@ -9,7 +9,7 @@ import altair as alt
 
 from specmoe.files import atomic_path
 from specmoe.offload.policies.registry import POLICIES
-from specmoe.offload.results import RunResult, SimulationResults
+from specmoe.offload.results import Gain, RunResult, SimulationResults
 from specmoe.offload.words import capacity_text, gain_text
 from specmoe.report.charts import Row, Spec, finish, structure, table
 from specmoe.report.theme import LIGHT, vega_config
@@ -76,7 +76,7 @@ def bandwidth_chart(results: SimulationResults) -> Spec | None:
             "of": _title(run),
             "bandwidth": run.x * link.bandwidth / 1e9,
             "rate": run.tokens_per_second,
-            "label": f"{run.tokens_per_second:,.4g} ({gain_text(run.against.gain) if run.against else '–'} %)",
+            "label": f"{run.tokens_per_second:,.4g} ({_gain(run.against.gain) if run.against else '–'})",
         }
         for run in results.runs
         if run.group == "bandwidth" and run.x is not None
@@ -118,7 +118,7 @@ def recall_chart(results: SimulationResults) -> Spec | None:
     tooltip = [
         alt.Tooltip("name:N", title="prefetches by"),
         alt.Tooltip("recall:Q", title="recall, %", format=".1f"),
-        alt.Tooltip("label:N", title="gain, %"),
+        alt.Tooltip("label:N", title="gain"),
     ]
     names = alt.Chart(table("marks"))
     chart = alt.layer(
@@ -163,12 +163,16 @@ def _title(run: RunResult) -> str:
     return {"none": "nothing", "oracle": "oracle"}.get(run.kind, run.predictor)
 
 
+def _gain(gain: Gain) -> str:
+    return f"{gain_text(gain)} %{', no interval' if gain.low is None else ''}"
+
+
 def _recall_row(run: RunResult, kind: str) -> Row:
     assert run.against is not None
     recall = sum(run.recall.values()) / max(1, len(run.recall))
     gain = run.against.gain
     name = kind if run.group == "recall" else run.predictor
-    return {"name": name, "recall": 100 * recall, "gain": 100 * gain.value, "label": gain_text(gain)}
+    return {"name": name, "recall": 100 * recall, "gain": 100 * gain.value, "label": _gain(gain)}
 
 
 def _rule_here(field: str) -> alt.Chart:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from specmoe.evaluation import interval_of, resampled
+from specmoe.evaluation import resampled
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.profile import Link
 from specmoe.offload.jobs import SimulationJob
-from specmoe.offload.results import Comparison, Quantiles, RunResult
+from specmoe.offload.results import Comparison, Gain, Quantiles, RunResult
 from specmoe.offload.simulator import Outcome
-from specmoe.results import Interval
+from specmoe.trace import DocumentRecord
 
-__all__ = ["compared", "gain_of", "result_of"]
+__all__ = ["FEWEST_UNITS", "compared", "gain_between", "gain_of", "resampling_units", "result_of"]
+
+# Resampling few units gives an interval that is much too narrow. Of 3,000 made-up comparisons each, the 95 % interval
+# of 2, 3, 4 and 5 units held the truth in 49, 75, 86 and 92 % (normal gains) or 48, 70, 82 and 88 % (skewed ones):
+# benchmarks/interval_coverage.py.
+FEWEST_UNITS = 5
 
 # Far below what any clock tells apart; more would only make the file long.
 _DIGITS = 10
@@ -75,11 +81,38 @@ def result_of(
     )
 
 
-def compared(runs: Sequence[RunResult], policy: str) -> tuple[RunResult, ...]:
+def resampling_units(documents: Sequence[DocumentRecord], batch: int = 1) -> tuple[int, ...]:
+    """Number of the independent unit that each batch of sequences belongs to, counted from 0 in order.
+
+    Documents of one group, and ungrouped ones of one text, are one unit, as they are for a split; so are batches that
+    share one.
+
+    Args:
+        documents: that are replayed, in order. batch: sequences side by side.
+    """
+    joined = list(range(-(-len(documents) // batch)))
+
+    def first_of(place: int) -> int:
+        while joined[place] != place:
+            joined[place] = joined[joined[place]]
+            place = joined[place]
+        return place
+
+    seen: dict[tuple[str, str], int] = {}
+    for number, document in enumerate(documents):
+        place = number // batch
+        key = ("group", document.group) if document.group else ("text", document.text_sha256)
+        if key[1]:
+            joined[first_of(place)] = first_of(seen.setdefault(key, place))
+    numbers: dict[int, int] = {}
+    return tuple(numbers.setdefault(first_of(place), len(numbers)) for place in range(len(joined)))
+
+
+def compared(runs: Sequence[RunResult], policy: str, units: Sequence[int]) -> tuple[RunResult, ...]:
     """The same runs, each beside its reference without prefetching and the oracle of the same machine.
 
     Args:
-        policy: of eviction of the reference.
+        policy: of eviction of the reference. units: see :func:`resampling_units`.
     """
     by_place = {(run.kind, run.policy, run.group, run.x): run for run in runs if run.kind in {"none", "oracle"}}
     # Eviction by a predictor has a reference too: the run that prefetches nothing.
@@ -101,7 +134,7 @@ def compared(runs: Sequence[RunResult], policy: str) -> tuple[RunResult, ...]:
         saved = same.demand_bytes - run.demand_bytes
         to_save = reference.seconds - oracle.seconds if oracle is not None else 0.0
         against = Comparison(
-            gain=gain_of(reference, run),
+            gain=gain_of(reference, run, units),
             # Less than a millionth of the run is rounding.
             share_of_oracle=(reference.seconds - run.seconds) / to_save if to_save > 1e-6 * reference.seconds else None,
             bytes_saved=saved,
@@ -111,11 +144,52 @@ def compared(runs: Sequence[RunResult], policy: str) -> tuple[RunResult, ...]:
     return tuple(judged)
 
 
-def gain_of(reference: RunResult, run: RunResult) -> Interval:
-    """Tokens a second over the reference's, minus 1; 95 % interval of a paired bootstrap over batches of sequences."""
-    theirs, ours = (torch.tensor(each.group_seconds, dtype=torch.float64) for each in (reference, run))
-    weights = resampled(len(ours))
-    return interval_of(reference.seconds / run.seconds - 1, (weights @ theirs) / (weights @ ours) - 1)
+def gain_of(reference: RunResult, run: RunResult, units: Sequence[int]) -> Gain:
+    """What a run gains over another of the same demand. ``units``: see :func:`resampling_units`."""
+    return gain_between(reference.group_seconds, run.group_seconds, units)
+
+
+def gain_between(theirs: Sequence[float], ours: Sequence[float], units: Sequence[int]) -> Gain:
+    """Tokens a second over a reference's, minus 1, with the 95 % interval of a paired bootstrap over units.
+
+    The quantiles lie as far out as Student's t asks for (expanded percentile interval; Hesterberg, 2015), since a
+    bootstrap over n units is otherwise too narrow by what n - 1 degrees of freedom and a variance over n leave out.
+
+    Args:
+        theirs, ours: seconds of each batch of sequences, the reference's and the run's. units: of each batch, see
+            :func:`resampling_units`; fewer than :data:`FEWEST_UNITS` give no interval.
+    """
+    theirs_U, ours_U = (np.bincount(units, weights=np.asarray(seconds)) for seconds in (theirs, ours))
+    number, value = len(ours_U), float(theirs_U.sum() / ours_U.sum() - 1)
+    if number < FEWEST_UNITS:
+        return Gain(value=round(value, 6), units=number)
+    low, high = np.quantile(drawn_gains(theirs_U, ours_U), levels(number)).tolist()
+    # Whatever is drawn, an interval holds its own estimate. Further digits would only make the file long.
+    low, high = min(low, value), max(high, value)
+    return Gain(value=round(value, 6), low=round(low, 6), high=round(high, 6), units=number)
+
+
+def drawn_gains(theirs_U: NDArray[np.float64], ours_U: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The gain in each bootstrap draw of the units [draws]."""
+    weights = resampled(len(ours_U)).numpy()
+    return (weights @ theirs_U) / (weights @ ours_U) - 1
+
+
+def levels(units: int) -> tuple[float, float]:
+    """Of the quantiles of so many units' draws that make a 95 % interval."""
+    beyond = NormalDist().cdf(-math.sqrt(units / (units - 1)) * _student(units - 1))
+    return beyond, 1 - beyond
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t (Abramowitz and Stegun, 1964, 26.7.5); within 0.01 from 4 degrees on."""
+    z = NormalDist().inv_cdf(0.975)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
 
 
 def _quantiles(seconds: NDArray[np.float64]) -> Quantiles | None:

@@ -19,7 +19,7 @@ RECALLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _VERSION = 2
 
 Group = Literal["main", "bandwidth", "recall"]
-Kind = Literal["none", "oracle", "perfect", "predictor", "shuffled", "recall"]
+Kind = Literal["none", "oracle", "perfect", "predictor", "shuffled", "frequency", "recall"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class SimulationJob:
         parts = [self.predictor or self.kind, self.policy]
         if self.kind == "shuffled":
             parts.insert(1, "shuffled")
+        if self.kind == "frequency":
+            parts.insert(1, "control")
         if self.admission is not None:
             parts.append(str(self.admission))
         if self.x is not None:
@@ -71,6 +73,7 @@ def simulation_jobs(
     candidates: Sequence[Candidate],
     admissions: Sequence[Admission],
     chosen: Admission,
+    control: Candidate | None = None,
     *,
     all_admissions: bool,
 ) -> list[SimulationJob]:
@@ -79,6 +82,7 @@ def simulation_jobs(
     Args:
         policy: of eviction, in all runs but those that are about another one. policies: to run without prefetching.
         candidates: best first. admissions: for the best. chosen: the one for everything else.
+        control: what the best predictor's shuffled predictions must not be above, run as they are.
         all_admissions: whether the others are run with all of them too.
     """
     jobs = [SimulationJob("none", name) for name in dict.fromkeys([policy, *simulable(policies), "belady"])]
@@ -102,4 +106,7 @@ def simulation_jobs(
         if policy != "predicted":
             jobs += [replace(alone, policy="predicted", admission=each) for each in (None, chosen)]
         jobs += [replace(alone, group="bandwidth", x=factor) for factor in BANDWIDTHS]
+        if control is not None:
+            # As late as the best one's, so that nothing but what is foreseen makes the difference.
+            jobs.append(replace(alone, kind="frequency", predictor=control.name, identity=control.identity))
     return jobs

@@ -24,20 +24,23 @@ _FIGURES = {
     "bandwidth": (
         "Tokens a second over bandwidth",
         "Tokens a second over the bandwidth of the link",
-        "Where the lines meet there is nothing left to hide; where the link is slow, bytes are what counts.",
+        "Where the lines meet prefetching brings nothing: on a fast link nothing is left to hide, and on a slow one "
+        "bytes are what counts.",
     ),
     "recall": (
         "Gain over recall",
         "Gain over no prefetching, over the recall of the predictions",
-        "The line: made-up predictions that find each expert with a stated chance and else name another at random. "
-        "Beside it the predictors, at their own recall. What moves them off the line: mistakes that persist from one "
-        "horizon to the next, how well they know what they do not know, and how long they take.",
+        "The line: made-up predictions that find each expert with a stated chance and else name another at random.",
     ),
 }
+_BESIDE = (
+    " Beside it the predictors, at their own recall. What moves them off the line: mistakes that persist from one "
+    "horizon to the next, how well they know what they do not know, and how long they take."
+)
 # Heading of a column: what it says; the same names as in the table.
 _MEANINGS = (
-    ("gain", "tokens/s over those without prefetching under the first row's eviction, minus 1; with the half-width of "
-     "a 95 % interval over documents, paired"),
+    ("gain", "tokens/s over those without prefetching under the first row's eviction, minus 1; after ± the half-width "
+     "of a paired 95 % interval over what is independent: documents of one group, or in one batch, count once"),
     ("of the oracle's", "seconds saved, by the seconds that the oracle saves"),
     ("hits", "experts that were there when their layer's router had run, by experts that were needed"),
     ("cold-miss recall", "of the experts that would not have been there without a prefetch, the share that a prefetch "
@@ -60,7 +63,10 @@ def write_simulation_page(results: SimulationResults, path: Path) -> None:
 def render_simulation(results: SimulationResults) -> str:
     """The page as HTML, complete in itself."""
     charts = {f"chart-{id}": {**spec, "description": _FIGURES[id][1]} for id, spec in _specs(results).items()}
-    figures = [Figure(f"chart-{id}", label, title, note) for id, (title, label, note) in _FIGURES.items()]
+    figures = [
+        Figure(f"chart-{id}", label, title, note + (_BESIDE if id == "recall" and results.predictors else ""))
+        for id, (title, label, note) in _FIGURES.items()
+    ]
     columns, rows = run_table(results)
     sentences = found(results)
     return (
@@ -140,6 +146,7 @@ def _facts(results: SimulationResults) -> list[Facts]:
     machine, demand, base = results.machine, results.demand, results.baseline
     held = held_text(machine.capacity, machine.experts, machine.expert_bytes, machine.all_bytes)
     size = f", {size_text(machine.held_bytes)}" if isinstance(machine.expert_bytes, int) else ""
+    cut = f"split {results.split_hash}" if results.split_hash else "not split"
     host = (
         [("host cache", capacity_text(machine.host_capacity, machine.expert_bytes))]
         if machine.host_capacity is not None
@@ -151,7 +158,8 @@ def _facts(results: SimulationResults) -> list[Facts]:
         (
             "Replayed",
             [
-                ("documents", f"{len(demand.documents)} ({demand.part}), split {results.split_hash}"),
+                ("documents", f"{len(demand.documents)} ({demand.part}), {cut}"),
+                ("for intervals", demand.independent),
                 ("tokens", f"{demand.tokens:,} in {demand.steps:,} steps, {demand.prefill_steps:,} of them prefill"),
                 ("events", f"{demand.events:,} with {demand.accesses:,} accesses"),
                 ("replay", f"{demand.replay}, batch {demand.batch}, prompts in chunks of {demand.prefill_chunk}"),

@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
 from specmoe.offload.hardware.profile import Hardware
-from specmoe.results import Interval, Made, TraceFacts, validated
+from specmoe.results import Made, TraceFacts, validated
 
 __all__ = [
     "Comparison",
     "Curve",
     "CurvePoint",
     "DemandFacts",
+    "Gain",
     "MachineFacts",
     "PredictorFacts",
     "Quantiles",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 _FORMAT = "specmoe-simulation"
+_VERSION = 2
 
 
 class _Model(BaseModel):
@@ -38,7 +40,10 @@ class DemandFacts(_Model):
     Attributes:
         part: ``test`` or ``all``. documents: their ids, in order. replay, batch, prefill_chunk: how they were run.
         tokens, steps, events, accesses: how much that is; an expert that tokens of a step share is one access.
-        prefill_steps: of the steps, those that read a prompt. groups: batches of sequences, the unit of resampling.
+        prefill_steps: of the steps, those that read a prompt. groups: batches of sequences.
+        units: of each batch of sequences, the number of the unit that it is resampled with: documents of one group, and
+            copies of one text, are no second evidence.
+        learned: documents that predictors of this simulation were prepared or trained on, calibrated or chosen by.
     """
 
     part: str
@@ -52,6 +57,19 @@ class DemandFacts(_Model):
     accesses: int
     prefill_steps: int
     groups: int
+    units: tuple[int, ...]
+    learned: int = 0
+
+    @property
+    def independent(self) -> str:
+        """How many units there are, in words: ``one document``, ``4 groups of documents``."""
+        number = len(set(self.units))
+        noun, plural = "group of documents", "groups of documents"
+        if number == len(self.documents):
+            noun, plural = "document", "documents"
+        elif self.batch > 1 and number == self.groups:
+            noun, plural = "batch of documents", "batches of documents"
+        return f"one {noun}" if number == 1 else f"{number:,} {plural}"
 
 
 class MachineFacts(_Model):
@@ -126,18 +144,38 @@ class Quantiles(_Model):
     p95: float
 
 
+class Gain(_Model):
+    """Tokens a second over those of a reference, minus 1.
+
+    Attributes:
+        low, high: 95 % interval, paired, over ``units`` independent parts of what was replayed; None where they are too
+            few for an interval to hold what it says.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    units: int
+
+    @property
+    def settled(self) -> int:
+        """1 or -1 where the interval lies above or below 0, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > 0) - (self.high < 0)
+
+
 class Comparison(_Model):
     """A run beside two others on the same machine.
 
     Attributes:
-        gain: tokens a second over those without prefetching under the study's policy, minus 1; interval over batches of
-            sequences, paired.
+        gain: over no prefetching under the study's policy.
         share_of_oracle: seconds saved by those that the oracle saves; None where it saves nothing.
         bytes_saved: demand bytes less than without prefetching under the run's own policy.
         bytes_per_byte_saved: prefetched bytes by ``bytes_saved``; None where none were saved.
     """
 
-    gain: Interval
+    gain: Gain
     share_of_oracle: float | None = None
     bytes_saved: int
     bytes_per_byte_saved: float | None = None
@@ -149,7 +187,8 @@ class RunResult(_Model):
     Attributes:
         fingerprint: of everything that it depends on.
         group: ``main``, or a sweep: ``bandwidth`` (``x``: factor on it) or ``recall`` (``x``: of made-up predictions).
-        kind: ``none``, ``oracle``, ``perfect``, ``predictor``, ``shuffled`` or ``recall``.
+        kind: ``none``, ``oracle``, ``perfect``, ``predictor``, ``recall``, or of the control ``shuffled`` and
+            ``frequency``, which it must not be above.
         predictor: its name, empty for none. admission: what of it is fetched, empty for nothing. policy: of eviction.
         horizons: of prefetching. prediction_seconds: that a prediction takes.
         recall: by horizon, of what was foreseen; see :class:`PredictorFacts`.
@@ -174,7 +213,7 @@ class RunResult(_Model):
     fingerprint: str
     group: Literal["main", "bandwidth", "recall"] = "main"
     x: float | None = None
-    kind: Literal["none", "oracle", "perfect", "predictor", "shuffled", "recall"]
+    kind: Literal["none", "oracle", "perfect", "predictor", "shuffled", "frequency", "recall"]
     predictor: str = ""
     admission: str = ""
     policy: str
@@ -234,8 +273,8 @@ class CurvePoint(_Model):
 
     @property
     def miss_ratio(self) -> float:
-        """Misses by accesses."""
-        return self.misses / self.accesses
+        """Misses by accesses; 0 where nothing was asked for."""
+        return self.misses / max(1, self.accesses)
 
 
 class Curve(_Model):
@@ -251,17 +290,19 @@ class SimulationResults(_Model):
 
     Attributes:
         complete: False while runs are missing; the same command goes on.
+        split_hash: of the split by document; empty where none was made, and ``unsplit`` says why.
         best: name of the predictor that is best on the validation part, empty if none was simulated. admission: the one
             that its sweeps and controls were run with.
         left_out: what was not run, and why.
     """
 
     format: Literal["specmoe-simulation"] = _FORMAT
-    version: Literal[1] = 1
+    version: Literal[2] = _VERSION
     complete: bool
     made: Made
     trace: TraceFacts
     split_hash: str
+    unsplit: str = ""
     demand: DemandFacts
     machine: MachineFacts
     horizons: tuple[int, ...]
@@ -290,6 +331,12 @@ class SimulationResults(_Model):
         return self.run(f"none/{self.machine.policy}")
 
     @property
+    def baseline_gain(self) -> Gain:
+        """Of the baseline over itself: 0, with an interval where the text allows one."""
+        against = self.baseline.against
+        return against.gain if against is not None else Gain(value=0.0, units=len(set(self.demand.units)))
+
+    @property
     def main(self) -> tuple[RunResult, ...]:
         """Without the sweeps."""
         return tuple(run for run in self.runs if run.group == "main")
@@ -302,9 +349,10 @@ class SimulationResults(_Model):
             SpecmoeError: missing, damaged, or not the file of a simulation of this version.
         """
         content = _content(path)
-        if content.get("version") != 1:
+        if content.get("version") != _VERSION:
             raise SpecmoeError(
-                f"{path} has version {content.get('version')}, this specmoe has 1: run `specmoe simulate` again"
+                f"{path} has version {content.get('version')}, this specmoe has {_VERSION}: "
+                "run `specmoe simulate` again"
             )
         return validated(cls, content, path)
 
@@ -326,7 +374,7 @@ def kept_runs(path: Path) -> tuple[dict[str, RunResult], tuple[Curve, ...], str]
     Raises:
         SpecmoeError: there is a file, and it is something else.
     """
-    if not path.exists() or _content(path).get("version") != 1:
+    if not path.exists() or _content(path).get("version") != _VERSION:
         return {}, (), ""
     kept = SimulationResults.load(path)
     return {run.fingerprint: run for run in kept.runs}, kept.curves, kept.curves_fingerprint

@@ -19,19 +19,13 @@ from specmoe.offload.admission.registry import ADMISSIONS, parse_admission
 from specmoe.offload.bound import fewest_loads
 from specmoe.offload.cache import miss_ratio_curves
 from specmoe.offload.capacity import ExpertBytes, all_units, held_at_share, parse_capacity, unit_bytes
-from specmoe.offload.comparing import compared
+from specmoe.offload.comparing import compared, resampling_units
 from specmoe.offload.demand import Demand, Replay
 from specmoe.offload.hardware.cost import step_cost
 from specmoe.offload.hardware.profile import Hardware
 from specmoe.offload.jobs import simulation_jobs
 from specmoe.offload.policies.registry import POLICIES, policy_named
-from specmoe.offload.prefetchers.loading import (
-    DEFAULT_FREE,
-    Candidate,
-    candidates_of_run,
-    candidates_of_trace,
-    open_data,
-)
+from specmoe.offload.prefetchers.loading import Candidate, Opened, open_trace
 from specmoe.offload.results import (
     Curve,
     CurvePoint,
@@ -44,14 +38,13 @@ from specmoe.offload.results import (
 )
 from specmoe.offload.running import Simulator
 from specmoe.offload.simulator import Machine, capacities, compute_seconds, least_seconds
-from specmoe.predictors.registry import PREDICTORS
 from specmoe.suite.assemble import made_now, trace_facts
-from specmoe.suite.data import SuiteData, trace_fingerprint
+from specmoe.suite.data import trace_fingerprint
 from specmoe.topology import Topology
 from specmoe.trace import Trace
 from specmoe.trace.record import Phase
 
-__all__ = ["CURVE_SHARES", "Settings", "chosen_documents", "simulate_trace"]
+__all__ = ["CURVE_SHARES", "Settings", "chosen_documents", "opened", "simulate_trace"]
 
 CURVE_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 _BEST_ADMISSION = "expected-value"
@@ -67,7 +60,8 @@ class Settings:
         policy: of eviction. policies: of the curves and of the runs without prefetching; none for all.
         predictors: names or patterns; none for the usual ones. admissions: as people write them; none for all forms.
         horizons: None for those of the run. prediction_seconds: None for what was measured.
-        part: ``test`` or ``all`` documents. max_tokens: whole documents up to so many tokens; at least one document.
+        part: ``test`` or ``all`` documents; None for test where the trace can be split, else all.
+        max_tokens: whole documents up to so many tokens; at least one document.
         replay, batch, prefill_chunk: see :meth:`Demand.of_trace`.
     """
 
@@ -83,7 +77,7 @@ class Settings:
     admissions: tuple[str, ...] = ()
     horizons: tuple[int, ...] | None = None
     prediction_seconds: float | None = None
-    part: str = "test"
+    part: str | None = None
     max_tokens: int | None = None
     replay: Replay | None = None
     batch: int = 1
@@ -127,36 +121,42 @@ def simulate_trace(
     chosen = next((each for each in admissions if each.name == _BEST_ADMISSION), admissions[0])
 
     on_stage("reading the trace")
-    data, finished, horizons = open_data(trace, run, settings.horizons)
-    documents = chosen_documents(data, settings.part, settings.max_tokens)
+    found = opened(trace, settings, run, on_stage)
+    documents = chosen_documents(found, settings.max_tokens)
     demand = Demand.of_trace(
-        data.trace, documents, replay=settings.replay, batch=settings.batch, prefill_chunk=settings.prefill_chunk
+        found.trace, documents, replay=settings.replay, batch=settings.batch, prefill_chunk=settings.prefill_chunk
     )
-    if finished is None:
-        found = candidates_of_trace(data, settings.predictors, settings.prediction_seconds, on_stage)
-    else:
-        found = candidates_of_run(finished, settings.predictors, settings.prediction_seconds)
+    candidates, horizons = found.candidates, found.horizons
     jobs = simulation_jobs(
-        settings.policy, policies, found, admissions, chosen, all_admissions=bool(settings.admissions)
+        settings.policy,
+        policies,
+        candidates,
+        admissions,
+        chosen,
+        found.control,
+        all_admissions=bool(settings.admissions),
     )
-    common = _common(data.trace, documents, demand, machine, settings, horizons)
+    common = _common(found.trace, documents, demand, machine, settings, horizons)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    left_out = _left_out(settings, policies, data, found)
+    left_out = dict(found.left_out)
+    if "predicted" in policies:
+        left_out["miss-ratio curve of predicted"] = "it needs what is foreseen, which is made for one cache at a time"
     results = SimulationResults(
         complete=False,
         made=made_now(0.0),
-        trace=trace_facts(data.trace),
-        split_hash=data.split.hash,
-        demand=_demand_facts(data.trace, documents, demand, settings),
+        trace=trace_facts(found.trace),
+        split_hash=found.split.hash if found.split is not None else "",
+        unsplit=found.unsplit,
+        demand=_demand_facts(found, documents, demand, settings),
         machine=_machine_facts(machine, demand, settings),
         horizons=horizons,
-        predictors=tuple(_facts(each, ()) for each in found),
-        best=found[0].name if found else "",
+        predictors=tuple(_facts(each, ()) for each in candidates),
+        best=candidates[0].name if candidates else "",
         admission=str(chosen),
         left_out=left_out,
     )
-    simulator = Simulator(data.trace, documents, demand, machine, horizons, found, device, on_stage)
+    simulator = Simulator(found.trace, documents, demand, machine, horizons, found.asked, device, on_stage)
     runs: list[RunResult] = []
     for place, job in enumerate(jobs):
         fingerprint = job.fingerprint(common)
@@ -186,14 +186,33 @@ def simulate_trace(
             "complete": True,
             "made": made_now(time.monotonic() - started),
             "machine": results.machine.model_copy(update={"bound": bound(demand, machine)}),
-            "predictors": tuple(_facts(each, runs) for each in found),
-            "runs": compared(runs, settings.policy),
+            "predictors": tuple(_facts(each, runs) for each in candidates),
+            "runs": compared(runs, settings.policy, results.demand.units),
             "curves": curves,
             "curves_fingerprint": curves_fingerprint,
         }
     )
     results.save(path)
     return results
+
+
+def opened(
+    trace: Path, settings: Settings, run: Path | None = None, on_stage: Callable[[str], None] = lambda _: None
+) -> Opened:
+    """The trace and the predictors that settings ask for.
+
+    Raises:
+        SpecmoeError: as :func:`specmoe.offload.prefetchers.loading.open_trace`.
+    """
+    return open_trace(
+        trace,
+        run,
+        part=settings.part,
+        horizons=settings.horizons,
+        patterns=settings.predictors,
+        seconds=settings.prediction_seconds,
+        on_stage=on_stage,
+    )
 
 
 def machine_of(settings: Settings, topology: Topology) -> Machine:
@@ -224,29 +243,34 @@ def machine_of(settings: Settings, topology: Topology) -> Machine:
     )
 
 
-def chosen_documents(data: SuiteData, part: str, max_tokens: int | None) -> tuple[int, ...]:
-    """Numbers of the documents to replay, in the trace's order.
+def chosen_documents(found: Opened, max_tokens: int | None) -> tuple[int, ...]:
+    """Numbers of the documents to replay, in the trace's order: the test part, which no predictor has seen, or all.
+
+    All are those that the protocol's split can use or, without a split, those that hold a token.
 
     Args:
-        part: ``test``, which no predictor has seen, or ``all`` that the protocol's split can use.
         max_tokens: take no document that would pass so many; the first is always taken.
 
     Raises:
-        SpecmoeError: no such part.
+        SpecmoeError: no document holds a token.
     """
-    if part not in {"test", "all"}:
-        raise SpecmoeError(f"--documents {part!r} is not known; use test or all")
-    hidden = "hidden" in data.trace.manifest.fields
-    found = data.split.parts["test"]
-    if part == "all":
-        records = enumerate(data.trace.documents)
-        found = tuple(i for i, each in records if each.tokens >= 2 and not (hidden and each.hidden_start is None))
+    records = found.trace.documents
+    if found.split is None:
+        chosen = tuple(i for i, each in enumerate(records) if each.tokens)
+    elif found.part == "all":
+        hidden = "hidden" in found.trace.manifest.fields
+        usable = (each.tokens >= 2 and not (hidden and each.hidden_start is None) for each in records)
+        chosen = tuple(i for i, each in enumerate(usable) if each)
+    else:
+        chosen = found.split.parts["test"]
     taken, tokens = [], 0
-    for index in found:
-        tokens += data.trace.documents[index].tokens
+    for index in chosen:
+        tokens += records[index].tokens
         if taken and max_tokens is not None and tokens > max_tokens:
             break
         taken.append(index)
+    if not taken:
+        raise SpecmoeError(f"{found.trace.directory} has no token to replay; collect or import some text")
     return tuple(taken)
 
 
@@ -306,23 +330,12 @@ def _curves_fingerprint(common: str, policies: Sequence[str]) -> str:
     return hashlib.sha256(repr((common, tuple(policies), CURVE_SHARES)).encode()).hexdigest()[:16]
 
 
-def _left_out(
-    settings: Settings, policies: Sequence[str], data: SuiteData, found: Sequence[Candidate]
-) -> dict[str, str]:
-    left_out = {}
-    if "predicted" in policies:
-        left_out["miss-ratio curve of predicted"] = "it needs what is foreseen, which is made for one cache at a time"
-    here = {each.name for each in found}
-    for name in () if settings.predictors else DEFAULT_FREE:
-        if name not in here:
-            left_out[name] = data.lacks(PREDICTORS[name]) or "not in the run, or without weights"
-    return left_out
-
-
-def _demand_facts(trace: Trace, documents: Sequence[int], demand: Demand, settings: Settings) -> DemandFacts:
+def _demand_facts(found: Opened, documents: Sequence[int], demand: Demand, settings: Settings) -> DemandFacts:
+    records = [found.trace.documents[index] for index in documents]
+    parts = found.split.parts if found.split is not None and found.candidates else {}
     return DemandFacts(
-        part=settings.part,
-        documents=tuple(trace.documents[index].doc_id for index in documents),
+        part=found.part,
+        documents=tuple(record.doc_id for record in records),
         replay=demand.replay,
         batch=demand.batch,
         prefill_chunk=settings.prefill_chunk,
@@ -332,6 +345,8 @@ def _demand_facts(trace: Trace, documents: Sequence[int], demand: Demand, settin
         accesses=demand.accesses,
         prefill_steps=int((demand.phase_J == Phase.PREFILL).sum()),
         groups=int(demand.group_J.max()) + 1,
+        units=resampling_units(records, demand.batch),
+        learned=len(set(documents) & {*parts.get("train", ()), *parts.get("validation", ())}),
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from specmoe.offload.comparing import FEWEST_UNITS, gain_of
 from specmoe.offload.policies.registry import POLICIES
-from specmoe.offload.results import Quantiles, RunResult, SimulationResults
-from specmoe.report.select import excludes_zero
-from specmoe.report.text import NOT_MEASURED
-from specmoe.results import Interval
+from specmoe.offload.results import Gain, Quantiles, RunResult, SimulationResults
+from specmoe.report.text import NOT_MEASURED, microseconds
 
-__all__ = ["found", "gain_text", "run_table", "run_title", "size_text"]
+__all__ = ["found", "gain_sentence", "gain_text", "interval_note", "run_table", "run_title", "size_text"]
 
 _COLUMNS = (
     "prefetches by",
@@ -27,12 +26,17 @@ _COLUMNS = (
     "a token, ms: p50, p95",
 )
 
+_LATE = ", or they come after the layers that they are about (--predictor-seconds 0 shows which)"
+
 
 def run_table(results: SimulationResults) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headings and rows of all runs but the sweeps; the reference first."""
     prefill = any(run.first_token for run in results.main)
-    columns = (*_COLUMNS, "first token, ms: p50, p95") if prefill else _COLUMNS
-    return columns, [_row(run, prefill) for run in results.main]
+    note = interval_note(results.baseline_gain, results.demand.independent)
+    columns = [f"{name} ({note})" if name == "gain, %" else name for name in _COLUMNS]
+    if prefill:
+        columns.append("first token, ms: p50, p95")
+    return tuple(columns), [_row(run, prefill) for run in results.main]
 
 
 def run_title(run: RunResult) -> str:
@@ -41,14 +45,34 @@ def run_title(run: RunResult) -> str:
     title = titles.get(run.kind, run.predictor)
     if run.kind == "shuffled":
         return f"{title}, shuffled (control)"
+    if run.kind == "frequency":
+        return f"{title} (for the control)"
     return f"nothing ({title} evicts)" if run.kind == "predictor" and not run.admission else title
 
 
-def gain_text(gain: Interval) -> str:
-    """``+12.3 ± 0.8``, in %."""
-    half = 50 * (gain.high - gain.low)
-    text = f"{100 * gain.value:+.1f}".replace("-", "−")
-    return f"{text} ± {half:.1f}" if half > 0 else text
+def gain_text(gain: Gain) -> str:
+    """``+12.3 ± 0.8``, in %, for tables that say over what; without ± where there is no interval."""
+    text = _signed(gain.value)
+    if gain.low is None or gain.high is None or gain.low == gain.high:
+        return text
+    return f"{text} ± {50 * (gain.high - gain.low):.1f}"
+
+
+def gain_sentence(gain: Gain, independent: str) -> str:
+    """``+12.3 % (95 % interval +11.5 to +13.1, 9 documents)``; ``independent``: the units, in words."""
+    if gain.low is None or gain.high is None:
+        return f"{_signed(gain.value)} % (no interval: {independent})"
+    return f"{_signed(gain.value)} % (95 % interval {_signed(gain.low)} to {_signed(gain.high)}, {independent})"
+
+
+def interval_note(gain: Gain, independent: str) -> str:
+    """What stands at the head of a column of gains: over what their intervals are, or why there are none."""
+    return f"no interval: {independent}" if gain.low is None else f"95 % interval over {independent}"
+
+
+def _signed(share: float) -> str:
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def size_text(size: float) -> str:
@@ -80,86 +104,160 @@ def expert_text(expert_bytes: int | tuple[int, ...]) -> str:
 
 def found(results: SimulationResults) -> list[str]:
     """What came out, in sentences; the first says on what."""
+    return [_setting(results), *_of_evidence(results), *_limits(results), *_of_best(results), *_of_rest(results)]
+
+
+def _setting(results: SimulationResults) -> str:
     machine, demand, base = results.machine, results.demand, results.baseline
-    link = machine.hardware.links[-1]
+    link, number = machine.hardware.links[-1], len(demand.documents)
     held = held_text(machine.capacity, machine.experts, machine.expert_bytes, machine.all_bytes)
     size = f" ({size_text(machine.held_bytes)})" if isinstance(machine.expert_bytes, int) else ""
-    said = [
-        f"{results.trace.topology.model_id}, {demand.tokens:,} tokens of {len(demand.documents)} "
-        f"{'test ' if demand.part == 'test' else ''}documents on {machine.hardware.name} "
+    return (
+        f"{results.trace.topology.model_id}, {demand.tokens:,} tokens of {number} "
+        f"{'test ' if demand.part == 'test' else ''}document{'' if number == 1 else 's'} on {machine.hardware.name} "
         f"({link.bandwidth / 1e9:.3g} GB/s, {link.latency * 1e6:.3g} µs a transfer), a cache of {held}"
         f"{size}: without prefetching "
         f"{POLICIES[base.policy].title} finds {100 * base.hit_rate:.1f} % of the experts, waits "
-        f"{1e3 * base.stall_per_token:.3g} ms a token and writes {base.tokens_per_second:,.4g} tokens/s."
-    ]
+        f"{1e3 * base.stall_per_token:.3g} ms a token and comes to {base.tokens_per_second:,.4g} tokens/s."
+    )
+
+
+def _of_evidence(results: SimulationResults) -> list[str]:
+    """What the numbers cannot carry: too little text, or text that the predictors know."""
+    demand, said = results.demand, []
+    if results.baseline_gain.low is None:
+        said.append(
+            f"No gain has an interval: {demand.independent} {'is' if results.baseline_gain.units == 1 else 'are'} too "
+            f"little to tell chance from gain, which takes {FEWEST_UNITS} that are independent."
+        )
+    if results.unsplit:
+        said.append(f"No predictor was simulated: {results.unsplit}.")
+    elif not results.best:
+        said.append("No predictor was simulated.")
+    if demand.learned:
+        said.append(
+            f"{demand.learned} of the {len(demand.documents)} documents are ones that the predictors learned from or "
+            "were chosen by, so what they gain here is more than on new text."
+        )
+    return said
+
+
+def _limits(results: SimulationResults) -> list[str]:
+    machine, base = results.machine, results.baseline
+    said = []
     oracle = next((run for run in results.main if run.kind == "oracle"), None)
     if oracle is not None and oracle.against is not None:
-        said.append(f"The oracle, which knows all that comes and evicts by Belady's rule, gains {_gain(oracle)}.")
+        said.append(
+            "The oracle, which knows all that comes and evicts by Belady's rule, "
+            f"{_moves(oracle.against.gain, results)}."
+        )
     if machine.bound:
+        # Rounding must not put a bound below what a run came to.
+        most = max(0.0, base.seconds / machine.bound - 1)
+        hidden = max(0.0, base.seconds / max(base.compute, base.loading) - 1)
         said.append(
-            f"Nothing can gain more than {100 * (base.seconds / machine.bound - 1):.1f} % here, as the fewest bytes "
-            f"have to pass the link. With the loads of {POLICIES[base.policy].title}, hiding them all behind computing "
-            f"could gain {100 * (base.overlap_limit - 1):.1f} %. The link is busy {100 * base.busy:.0f} % of the time."
+            f"Nothing can gain more than {100 * most:.1f} % here: computing takes its time, and the fewest bytes have "
+            f"to pass the link. With the loads of {POLICIES[base.policy].title}, hiding as much as possible of them "
+            f"behind computing could gain {100 * hidden:.1f} %. The link is busy {100 * base.busy:.0f} % of the time."
         )
-    said += _of_best(results)
-    said += _of_policies(results)
-    late = [r.predictor for r in results.main if r.kind == "predictor" and r.admission and not r.prefetch_bytes]
-    if late:
-        said.append(
-            f"Nothing was worth prefetching by {', '.join(dict.fromkeys(late))}: its predictions are too weak, or they "
-            "come after the layers that they are about (--predictor-seconds 0 shows which)."
+    return said
+
+
+def _of_best(results: SimulationResults) -> list[str]:
+    """The best predictor under the study's policy and the admission of the sweeps, and its control."""
+    own = {
+        run.kind: run
+        for run in results.main
+        if run.admission == results.admission and run.policy == results.machine.policy and run.against is not None
+        if run.predictor == results.best or run.kind == "frequency"
+    }
+    run = own.get("predictor")
+    if run is None or run.against is None:
+        return []
+    facts = {each.name: each for each in results.predictors}[results.best]
+    others = [each.validation for each in results.predictors if each.name != results.best]
+    chosen = ", the best on the validation part," if others and facts.validation > max(others) else ""
+    share = run.against.share_of_oracle
+    of_oracle = f", {100 * share:.0f} % of the time that the oracle saves" if share is not None and share > 0 else ""
+    takes = "" if facts.timed == "unknown" else f"; a prediction takes {microseconds(1e6 * run.prediction_seconds)}"
+    gain = gain_sentence(run.against.gain, results.demand.independent)
+    said = [f"{results.best}{chosen} with admission by {run.admission}: {gain}{of_oracle}{takes}."]
+    if "shuffled" in own:
+        said.append(_of_control(own["shuffled"], own.get("frequency"), results))
+    return said
+
+
+def _of_control(shuffled: RunResult, frequency: RunResult | None, results: SimulationResults) -> str:
+    """What shuffled predictions still hold is how often each expert is wanted, and that may well bring something."""
+    assert shuffled.against is not None
+    gain, independent = shuffled.against.gain, results.demand.independent
+    said = f"The same predictor with its predictions shuffled, the control, comes to {gain_sentence(gain, independent)}"
+    if frequency is None or frequency.against is None:
+        return f"{said}."
+    over = gain_of(frequency, shuffled, results.demand.units)
+    beside = f"{frequency.predictor} with the same admission to {gain_sentence(frequency.against.gain, independent)}"
+    if gain.low is None:
+        verdict = "whether it is above both that and no prefetching is not settled"
+    elif gain.settled > 0 and over.settled > 0:
+        verdict = (
+            f"the control is above it by {gain_sentence(over, independent)}, more than the frequencies of the training "
+            "part explain; unless this text's own do, something is told that cannot be known"
         )
+    elif gain.settled > 0:
+        verdict = "the control is not shown to be above it, as it should be"
+    else:
+        verdict = "the control is not shown to be above no prefetching, as it should be"
+    return f"{said}; {beside}: {verdict}."
+
+
+def _of_rest(results: SimulationResults) -> list[str]:
+    said = []
+    alone = [run for run in results.main if run.kind == "none" and run.against and POLICIES[run.policy].needs == ""]
+    others = [run for run in alone if run.policy != results.machine.policy]
+    if others:
+        best = max(others, key=lambda run: run.tokens_per_second)
+        assert best.against is not None
+        gain = gain_sentence(best.against.gain, results.demand.independent)
+        who = f"Of the other eviction policies without prefetching, {POLICIES[best.policy].title} does best"
+        if len(others) == 1:
+            who = f"The other eviction policy without prefetching, {POLICIES[best.policy].title}"
+        elif min(run.tokens_per_second for run in others) == best.tokens_per_second:
+            who = "The other eviction policies without prefetching all come to the same"
+        chosen = " (chosen on these very documents)" if "does best" in who else ""
+        said.append(f"{who}: {gain}{chosen}.")
+    said += _of_idle(results)
     unknown = [each.name for each in results.predictors if each.timed == "unknown"]
     if unknown:
         said.append(f"How long a prediction takes was not measured and counts as nothing for: {', '.join(unknown)}.")
     return said
 
 
-def _of_best(results: SimulationResults) -> list[str]:
-    if not results.best:
-        return ["No predictor was simulated."]
-    own = [r for r in results.main if r.kind in {"predictor", "shuffled"} and r.predictor == results.best]
-    said = []
-    for run in own:
-        against = run.against
-        if run.admission != results.admission or run.policy != results.machine.policy or against is None:
-            continue
-        if run.kind == "shuffled":
-            verdict = "gains, which it should not" if _settled(run) > 0 else "does not gain, as it should be"
-            said.append(f"The same predictor with its predictions shuffled {verdict}: {_gain(run)}.")
-            continue
-        share = against.share_of_oracle
-        of_oracle = "" if share is None else f", {100 * share:.0f} % of the time that the oracle saves"
-        said.append(
-            f"{results.best}, the best on the validation part, with admission by {run.admission}: "
-            f"{_gain(run)}{of_oracle}; a prediction takes {1e6 * run.prediction_seconds:.3g} µs."
+def _of_idle(results: SimulationResults) -> list[str]:
+    """Predictors of which nothing was prefetched, by any admission or by some."""
+    said, never, timed = [], [], {each.name: each.seconds for each in results.predictors}
+    for each in results.predictors:
+        own = [run for run in results.main if run.kind == "predictor" and run.admission and run.predictor == each.name]
+        idle = dict.fromkeys(run.admission for run in own if not run.prefetch_bytes)
+        busy = dict.fromkeys(run.admission for run in own if run.prefetch_bytes)
+        if own and not busy:
+            never.append(each.name)
+        elif only := [admission for admission in idle if admission not in busy]:
+            said.append(f"By {', '.join(only)} nothing that {each.name} foresees was prefetched.")
+    if never:
+        said.insert(
+            0,
+            f"Nothing was worth prefetching by {', '.join(never)}, whatever the admission: too little is missing, the "
+            f"predictions are too weak{_LATE if any(timed[name] for name in never) else ''}.",
         )
     return said
 
 
-def _of_policies(results: SimulationResults) -> list[str]:
-    alone = [run for run in results.main if run.kind == "none" and run.against and POLICIES[run.policy].needs == ""]
-    others = [run for run in alone if run.policy != results.machine.policy]
-    if not others:
-        return []
-    best = max(others, key=lambda run: run.tokens_per_second)
-    return [
-        f"Of the other eviction policies without prefetching, {POLICIES[best.policy].title} does best: {_gain(best)} "
-        "(chosen on these very documents)."
-    ]
-
-
-def _settled(run: RunResult) -> int:
-    """1 or -1 where the gain's interval excludes 0, else 0."""
-    if run.against is None or not excludes_zero(run.against.gain):
-        return 0
-    return 1 if run.against.gain.value > 0 else -1
-
-
-def _gain(run: RunResult) -> str:
-    assert run.against is not None
-    gain = run.against.gain
-    return f"{100 * gain.value:+.1f} % ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})".replace("-", "−")
+def _moves(gain: Gain, results: SimulationResults) -> str:
+    """``gains +3.0 % (…)``, or what else came of it."""
+    text = gain_sentence(gain, results.demand.independent)
+    if _signed(gain.value) == "0.0":
+        return f"changes nothing: {text}"
+    return f"{'gains' if gain.value > 0 else 'loses'} {text}"
 
 
 def _row(run: RunResult, prefill: bool) -> tuple[str, ...]:

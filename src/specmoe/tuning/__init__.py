@@ -4,7 +4,15 @@ A search is a study of Optuna (Akiba et al., 2019) kept in a journal on disk: tr
 Parzen estimator (Bergstra et al., 2011), the first of them is the recipe in force, and poor ones are stopped early.
 """
 
-from specmoe.tuning.outcome import Outcome, Search, apply_recipe, command_to_train, gain_in_words, load_tuning
+from specmoe.tuning.outcome import (
+    Outcome,
+    Search,
+    apply_recipe,
+    command_to_train,
+    evidence_in_words,
+    gain_in_words,
+    load_tuning,
+)
 from specmoe.tuning.page import write_picture
 from specmoe.tuning.run import TrialNews, tune
 
@@ -14,6 +22,7 @@ __all__ = [
     "TrialNews",
     "apply_recipe",
     "command_to_train",
+    "evidence_in_words",
     "gain_in_words",
     "load_tuning",
     "tune",

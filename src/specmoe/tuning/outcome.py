@@ -13,7 +13,16 @@ from specmoe.files import read_json, write_json
 from specmoe.predictors.recipes import load_recipes
 from specmoe.results import ByHorizon, Interval
 
-__all__ = ["Outcome", "Search", "apply_recipe", "command_to_train", "gain_in_words", "load_tuning", "save_search"]
+__all__ = [
+    "Outcome",
+    "Search",
+    "apply_recipe",
+    "command_to_train",
+    "evidence_in_words",
+    "gain_in_words",
+    "load_tuning",
+    "save_search",
+]
 
 TUNING, RECIPES = "tuning.json", "recipes.json"
 
@@ -138,9 +147,19 @@ def apply_recipe(out: Path, search: Search) -> Path:
 
 
 def gain_in_words(gain: Interval) -> str:
-    """``+0.15 [+0.02, +0.29]``, in percentage points: two decimals, as what a search gains is often small."""
+    """``+0.15 [+0.02, +0.29]``, in percentage points: two decimals, as what a search gains is often small.
+
+    The limits are left out where no interval could be drawn.
+    """
     value, low, high = (f"{100 * share:+.2f}".replace("-", "−") for share in (gain.value, gain.low, gain.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if gain.high > gain.low else value
+
+
+def evidence_in_words(search: Search) -> str:
+    """What the gain of a search rests on: ``95 % interval over 12 validation documents``."""
+    if search.gain is None or search.gain.high <= search.gain.low:
+        return f"no interval over {search.documents} validation document{'' if search.documents == 1 else 's'}"
+    return f"95 % interval over {search.documents} validation documents"
 
 
 def command_to_train(trace: Path, out: Path, search: Search) -> str:

@@ -12,7 +12,7 @@ import altair as alt
 from specmoe.files import write_text
 from specmoe.report.charts import Row, Spec, finish, structure, table
 from specmoe.report.page import page_parts
-from specmoe.tuning.outcome import Search, gain_in_words
+from specmoe.tuning.outcome import Search, evidence_in_words, gain_in_words
 
 __all__ = ["picture", "write_picture"]
 
@@ -87,7 +87,7 @@ def summary(search: Search) -> str:
             text += ", the recipe in force."
         elif search.gain is not None:
             text += (
-                f", {gain_in_words(search.gain)} points more than the recipe in force (95 % interval over documents; "
+                f", {gain_in_words(search.gain)} points more than the recipe in force ({evidence_in_words(search)}; "
                 "chosen as the best of all trials by these very documents, so expect less on others)."
             )
     return text

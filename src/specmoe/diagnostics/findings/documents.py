@@ -22,7 +22,8 @@ def cannot_split(evidence: Evidence) -> Finding | None:
     """The protocol's split is impossible."""
     if evidence.split is not None:
         return None
-    return Finding(code="cannot-split", severity="error", message=evidence.no_split)
+    message = f"{evidence.no_split}; caches and the oracle need no split (specmoe simulate, specmoe verdict)"
+    return Finding(code="cannot-split", severity="error", message=message)
 
 
 def few_documents(evidence: Evidence) -> Finding | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from specmoe.calibration import Calibration, fit_calibration
+from specmoe.dataset import Split, split_documents
 from specmoe.ensembling.members import FinishedRun, load_member, members_of, model_path, open_run
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import evaluate
@@ -20,13 +21,26 @@ from specmoe.offload.prefetchers.predictions import Predictions, demand_table
 from specmoe.predictors.base import Predictor
 from specmoe.predictors.registry import PREDICTORS, select
 from specmoe.suite.data import SuiteData
+from specmoe.trace import Trace
 
-__all__ = ["DEFAULT_FREE", "Candidate", "candidates_of_run", "candidates_of_trace", "open_data", "recall_at_need"]
+__all__ = [
+    "DEFAULT_FREE",
+    "Candidate",
+    "Opened",
+    "candidates_of_run",
+    "candidates_of_trace",
+    "open_data",
+    "open_trace",
+    "recall_at_need",
+]
 
 # Those worth a simulation where nobody asks for certain ones, as far as the trace allows.
 DEFAULT_FREE = ("TokenMarkov", "NextRouter", "Ridge", "LayerMarkov", "PreviousToken")
 _MOST_LEARNED = 3
 _FOREIGN_HORIZONS = (1, 2, 3, 4)
+# Foresees no more than which experts a layer uses most.
+_CONTROL = "LayerFrequency"
+_NONE_LEFT = "all documents are replayed, so none is left to prepare a predictor from (--documents test leaves some)"
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,106 @@ class Candidate:
     timed: Literal["measured", "given", "unknown"]
     identity: str
     load: Callable[[], tuple[Predictor, Calibration]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trace to replay, and who is asked to foresee what it needs.
+
+    Attributes:
+        trace: it. split: by document; None where none was made, and ``unsplit`` says why.
+        part: of the documents that is to be replayed, ``test`` or ``all``. horizons: to prefetch for.
+        candidates: best by the validation part first; none without a split.
+        control: layer frequency, which shuffled predictions must not be above; None without a candidate.
+        left_out: usual predictors that are not among the candidates, and why.
+    """
+
+    trace: Trace
+    split: Split | None
+    unsplit: str
+    part: str
+    horizons: tuple[int, ...]
+    candidates: list[Candidate] = field(default_factory=list)
+    control: Candidate | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> tuple[Candidate, ...]:
+        """All whose predictions are wanted, each once."""
+        control = () if self.control is None or self.control in self.candidates else (self.control,)
+        return (*self.candidates, *control)
+
+
+def open_trace(
+    trace: Path,
+    run: Path | None = None,
+    *,
+    part: str | None = None,
+    horizons: tuple[int, ...] | None = None,
+    patterns: Sequence[str] = (),
+    seconds: float | None = None,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> Opened:
+    """Open a trace with the predictors of a run, or with training-free ones that are prepared from its training part.
+
+    Caches, policies and oracles need no split. So without a run and without predictors asked for by name, none is made
+    where all documents are to be replayed, or where the trace cannot be split; then nobody foresees.
+
+    Args:
+        part: ``test``, ``all``, or None for test where the trace can be split, else all.
+        horizons, seconds: see :func:`open_data` and :func:`candidates_of_run`. patterns: of predictors' names.
+
+    Raises:
+        SpecmoeError: no such part, something that needs a split of a trace that cannot be split, or as
+            :func:`open_data`, :func:`candidates_of_run` and :func:`candidates_of_trace`.
+    """
+    if part not in {None, "test", "all"}:
+        raise SpecmoeError(f"--documents {part!r} is not known; use test or all")
+    if run is None:
+        opened = Trace.open(trace)
+        impossible = _impossible_split(opened)
+        if impossible and patterns:
+            raise SpecmoeError(
+                f"{impossible}; a predictor must be prepared and calibrated on documents other than those it is judged "
+                "on: leave --predictor out to simulate caches and the oracle on all documents"
+            )
+        if impossible and part == "test":
+            raise SpecmoeError(f"{impossible}, or use --documents all, for caches and the oracle without a predictor")
+        if impossible or (part == "all" and not patterns):
+            unsplit = impossible or _NONE_LEFT
+            on_stage(f"without a predictor: {unsplit}")
+            return Opened(
+                opened,
+                None,
+                unsplit,
+                "all",
+                horizons or _FOREIGN_HORIZONS,
+                left_out=dict.fromkeys(DEFAULT_FREE, unsplit),
+            )
+    data, finished, chosen = open_data(trace, run, horizons)
+    if finished is None:
+        found = candidates_of_trace(data, patterns, seconds, on_stage)
+    else:
+        found = candidates_of_run(finished, patterns, seconds)
+    here = {each.name for each in found}
+    left_out = {
+        name: data.lacks(PREDICTORS[name]) or "not in the run, or without weights"
+        for name in (() if patterns else DEFAULT_FREE)
+        if name not in here
+    }
+    control = next((each for each in found if each.name == _CONTROL), None)
+    if found and control is None:
+        control = candidates_of_trace(data, (_CONTROL,), seconds, on_stage)[0]
+    return Opened(data.trace, data.split, "", part or "test", chosen, found, control, left_out)
+
+
+def _impossible_split(trace: Trace) -> str:
+    """Why a trace cannot be split by document; empty if it can."""
+    try:
+        split_documents(trace.documents)
+    except SpecmoeError as error:
+        return str(error)
+    return ""
 
 
 def open_data(

@@ -10,10 +10,9 @@ from typing import Any
 from specmoe.files import write_json, write_text
 from specmoe.offload.admission.registry import parse_admission
 from specmoe.offload.demand import Demand
-from specmoe.offload.prefetchers.loading import candidates_of_run, candidates_of_trace, open_data
 from specmoe.offload.prefetchers.predictions import Predictions
 from specmoe.offload.running import Simulator
-from specmoe.offload.study import Settings, chosen_documents, machine_of, simulate_trace
+from specmoe.offload.study import Settings, chosen_documents, machine_of, opened, simulate_trace
 from specmoe.offload.verdict.decide import Verdict, decide
 from specmoe.offload.verdict.evidence import Evidence, evidence_of
 from specmoe.offload.verdict.sensitivity import measure_sensitivity
@@ -60,20 +59,17 @@ def judge(
         SpecmoeError: as :func:`specmoe.offload.study.simulate_trace`.
     """
     results = simulate_trace(trace, out, settings, run=run, device=device, on_stage=on_stage, on_run=on_run)
-    data, finished, horizons = open_data(trace, run, settings.horizons)
-    documents = chosen_documents(data, settings.part, settings.max_tokens)
+    found = opened(trace, settings, run, on_stage)
+    candidates, horizons = found.candidates, found.horizons
+    documents = chosen_documents(found, settings.max_tokens)
     demand = Demand.of_trace(
-        data.trace, documents, replay=settings.replay, batch=settings.batch, prefill_chunk=settings.prefill_chunk
+        found.trace, documents, replay=settings.replay, batch=settings.batch, prefill_chunk=settings.prefill_chunk
     )
-    machine = machine_of(settings, data.topology)
-    if finished is None:
-        found = candidates_of_trace(data, settings.predictors, settings.prediction_seconds, on_stage)
-    else:
-        found = candidates_of_run(finished, settings.predictors, settings.prediction_seconds)
-    simulator = Simulator(data.trace, documents, demand, machine, horizons, found, device, on_stage)
+    machine = machine_of(settings, found.trace.topology)
+    simulator = Simulator(found.trace, documents, demand, machine, horizons, candidates, device, on_stage)
 
     def foreseen() -> Predictions:
-        return simulator.predictions_of(found[0].name)
+        return simulator.predictions_of(candidates[0].name)
 
     on_stage("other links, caches and sizes")
     sensitivity = measure_sensitivity(
@@ -81,12 +77,18 @@ def judge(
         machine,
         settings.policy,
         horizons,
-        foreseen if found else None,
-        parse_admission(results.admission, data.topology.top_k),
-        found[0].seconds if found else 0.0,
+        foreseen if candidates else None,
+        parse_admission(results.admission, found.trace.topology.top_k),
+        candidates[0].seconds if candidates else 0.0,
         out / "sensitivity.json",
         repr(
-            (trace_fingerprint(data.trace), documents, found[0].identity if found else "", demand.replay, demand.batch)
+            (
+                trace_fingerprint(found.trace),
+                documents,
+                candidates[0].identity if candidates else "",
+                demand.replay,
+                demand.batch,
+            )
         ),
         on_run=on_run,
     )

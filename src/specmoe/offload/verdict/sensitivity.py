@@ -16,14 +16,14 @@ from specmoe.offload.capacity import all_units, unit_bytes
 from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions, with_recall
 from specmoe.offload.running import scaled
-from specmoe.offload.simulator import Machine, Run, least_capacity, simulate, simulate_oracle
+from specmoe.offload.simulator import Machine, Outcome, Run, least_capacity, simulate, simulate_oracle
 from specmoe.offload.words import capacity_text
 from specmoe.results import validated
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
 
 _FORMAT = "specmoe-sensitivity"
-_VERSION = 1
+_VERSION = 2
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 CAPACITIES = (0.5, 1.0, 1.5, 2.0)
 # A cache that holds nearly everything says nothing.
@@ -43,6 +43,7 @@ class Cell(_Model):
 
     factor: on the links' bandwidth. capacity: experts held, or bytes where they differ in size. none, oracle: without
     prefetching, and with the oracle. predictor: with the best predictor; None where there is none.
+    group_seconds: of ``none``, by batch of sequences.
     """
 
     factor: float
@@ -50,6 +51,7 @@ class Cell(_Model):
     none: float
     oracle: float
     predictor: float | None
+    group_seconds: tuple[float, ...] = ()
 
 
 class Fewer(_Model):
@@ -115,13 +117,15 @@ def measure_sensitivity(
             on_run(done, total, f"{factor:g} × the bandwidth, {capacity_text(capacity, machine.expert_bytes)}")
             here = scaled(replace(machine, capacity=capacity), factor)
             run = None if predictions is None else Run("predictor", predictions, admission, seconds=seconds)
+            none = simulate(demand, here)
             cells.append(
                 Cell(
                     factor=factor,
                     capacity=capacity,
-                    none=simulate(demand, here).seconds,
+                    none=none.seconds,
                     oracle=simulate_oracle(demand, here).seconds,
                     predictor=None if run is None else simulate(demand, here, run).seconds,
+                    group_seconds=_by_group(none, demand),
                 )
             )
             done += 1
@@ -132,8 +136,9 @@ def measure_sensitivity(
         size = _fewer(stored, bits) if isinstance(stored, int) else tuple(_fewer(each, bits) for each in stored)
         capacity = min(all_units(demand.topology, size), machine.held_bytes // unit_bytes(size))
         outcome = simulate(demand, replace(machine, expert_bytes=size, capacity=capacity))
-        seconds_G = tuple(outcome.group_seconds(demand).round(9).tolist())
-        fewer.append(Fewer(bits=bits, capacity=capacity, seconds=outcome.seconds, group_seconds=seconds_G))
+        fewer.append(
+            Fewer(bits=bits, capacity=capacity, seconds=outcome.seconds, group_seconds=_by_group(outcome, demand))
+        )
         done += 1
     none = simulate(demand, machine).seconds
     precisions = []
@@ -150,6 +155,10 @@ def measure_sensitivity(
 
 def _fewer(size: int, bits: float) -> int:
     return max(1, round(size * bits / _STORED_BITS))
+
+
+def _by_group(outcome: Outcome, demand: Demand) -> tuple[float, ...]:
+    return tuple(outcome.group_seconds(demand).round(10).tolist())
 
 
 def _capacities(machine: Machine, demand: Demand) -> Sequence[int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from specmoe.offload.policies.registry import POLICIES
+from specmoe.offload.results import Gain
 from specmoe.offload.verdict.decide import Answer, Verdict
 from specmoe.offload.verdict.evidence import Evidence
-from specmoe.offload.words import capacity_text, held_text, size_text
-from specmoe.results import Interval
+from specmoe.offload.words import capacity_text, gain_text, held_text, interval_note, size_text
 
 __all__ = ["verdict_page"]
 
@@ -23,29 +23,44 @@ def verdict_page(evidence: Evidence, verdict: Verdict) -> str:
         f"# Prefetch experts? {_ANSWERS[verdict.answer].capitalize()}.",
         "",
         f"{verdict.reason[0].upper()}{verdict.reason[1:]}.",
-        f"Change first: {verdict.first.what}, {_percent(verdict.first.gain)}."
-        if verdict.first is not None
-        else "No change that was tried brings more than is asked for.",
+        _first(evidence, verdict),
         "",
-        f"On {e.model}, {e.tokens:,} tokens of {e.documents} documents, {e.hardware}"
+        f"On {e.model}, {e.tokens:,} tokens of {e.documents} document{'' if e.documents == 1 else 's'}, {e.hardware}"
         f"{' (' + '; '.join(e.changed) + ')' if e.changed else ''}, {held} held{size}, "
         f"{title}: {speed} tokens/s without prefetching.",
         "",
-        "| what | gain in tokens/s |",
+        f"| what | gain in tokens/s ({interval_note(e.oracle, e.independent)}) |",
         "|---|--:|",
-        f"| prefetching at best (oracle, with the best eviction) | {_percent(e.oracle)} |",
+        f"| an oracle, which knows all that comes and evicts by Belady's rule | {_percent(e.oracle)} |",
     ]
     if e.gain is not None:
         lines.append(f"| {e.predictor}, prefetching by {e.admission} | {_percent(e.gain)} |")
+    lines += [f"| {e.predictor}, prefetching by {each.what} instead | {_percent(each.gain)} |" for each in e.admissions]
     if e.shuffled is not None:
         lines.append(f"| the same predictions put to other tokens (control) | {_percent(e.shuffled)} |")
+    if e.frequency is not None:
+        lines.append(f"| layer frequency, which the control should not be above | {_percent(e.frequency)} |")
     lines += [f"| {change.what} | {_percent(change.gain)} |" for change in e.changes]
     lines += ["", *_reasoning(e), "", *_table(e), "", *_limits(e)]
     return "\n".join(lines) + "\n"
 
 
+def _first(e: Evidence, verdict: Verdict) -> str:
+    """What to change first, if anything is shown to help."""
+    if verdict.first is not None:
+        return f"Change first: {verdict.first.what}, {_percent(verdict.first.gain)}."
+    gains = [change.gain for change in e.changes if change.buildable]
+    if any(gain.value > verdict.worth if gain.high is None else gain.high > verdict.worth for gain in gains):
+        return "Whether a change that was tried brings more than is asked for is not settled."
+    return "No change that was tried brings more than is asked for."
+
+
 def _reasoning(e: Evidence) -> list[str]:
-    busy = "it cannot keep up, whatever is foreseen" if e.load > 1 else "it has time left while the device computes"
+    busy = (
+        "with these loads it cannot keep up, however early they are foreseen"
+        if e.load > 1
+        else "it has time left while the device computes"
+    )
     lines = [
         "## Why",
         "",
@@ -60,17 +75,32 @@ def _reasoning(e: Evidence) -> list[str]:
             f"- Working set: {e.enough:.0%} of the experts are enough to miss at most 10 %; "
             f"{e.held / e.everything:.0%} are held."
         )
+    elif e.curve:
+        lines.append("- Working set: every cache that was tried misses more than 10 %.")
     else:
-        lines.append("- Working set: no cache that was tried misses less than 10 %.")
+        lines.append("- Working set: not known, as no other cache was tried with this eviction.")
     if e.break_even is None:
-        lines.append("- Break-even: fetching every guess loses at any recall.")
+        lines.append("- Break-even: fetching every guess does not pay even where all of them are right.")
     elif e.break_even == 0:
-        lines.append("- Break-even: fetching every guess gains at any recall that was tried.")
+        lines.append("- Break-even: fetching every guess pays at any recall that was tried.")
     else:
         lines.append(f"- Break-even: fetching every guess pays from a recall of about {e.break_even:.0%} on.")
     if e.precision is not None:
         lines.append(f"- Of what {e.predictor} fetched, {e.precision:.0%} was used.")
+    if e.over is not None and e.shuffled is not None:
+        lines.append(f"- Control: the same predictions put to other tokens are {_control(e.shuffled, e.over)}.")
     return lines
+
+
+def _control(shuffled: Gain, over: Gain) -> str:
+    if shuffled.low is None:
+        return "not settled to be above layer frequency, nor not to be"
+    if shuffled.settled > 0 and over.settled > 0:
+        return (
+            "above layer frequency, which they should not be unless the frequencies of this text differ from those of "
+            "the training part"
+        )
+    return f"not shown to be above {'layer frequency' if shuffled.settled > 0 else 'no prefetching'}, as it should be"
 
 
 def _table(e: Evidence) -> list[str]:
@@ -99,14 +129,28 @@ def _table(e: Evidence) -> list[str]:
 
 
 def _limits(e: Evidence) -> list[str]:
+    over = (
+        f"There are no intervals, as there is no more than {e.independent}."
+        if e.oracle.low is None
+        else f"Intervals are 95 %, over {e.independent}."
+    )
+    known = (
+        [f"{e.learned} of the {e.documents} documents are ones that {e.predictor} learned from or was chosen by."]
+        if e.learned
+        else []
+    )
     return [
-        "Intervals are 95 %, over documents; rows without ± are single comparisons of the whole text. Fewer bits "
-        "change the model's quality, which is not judged here, and are taken to compute as fast as before. "
-        "What the simulation leaves out is in docs/simulator.md.",
+        " ".join(
+            [
+                over,
+                *known,
+                "The table of other machines holds single comparisons of the whole text. Fewer bytes an expert mean "
+                "fewer bits, which change the model's quality; that is not judged here, and they are taken to compute "
+                "as fast as before. What the simulation leaves out is in docs/simulator.md.",
+            ]
+        )
     ]
 
 
-def _percent(gain: Interval) -> str:
-    half = 50 * (gain.high - gain.low)
-    text = f"{100 * gain.value:+.1f}" + (f" ± {half:.1f}" if half > 0 else "")
-    return text.replace("-", "−") + " %"
+def _percent(gain: Gain) -> str:
+    return f"{gain_text(gain)} %" + (", no interval" if gain.low is None else "")
