@@ -128,7 +128,7 @@ def test_intervals_hold_the_truth_nearly_as_often_as_they_say(units: int, least:
     held = 0
     for _ in range(600):
         theirs = rng.lognormal(0, 0.5, units)
-        gain = gain_between(theirs, theirs / (1 + rng.normal(0.1, 0.03, units)), range(units))
+        gain = gain_between(theirs.tolist(), (theirs / (1 + rng.normal(0.1, 0.03, units))).tolist(), range(units))
         assert gain.low is not None
         assert gain.high is not None
         held += gain.low <= 0.0992 <= gain.high

@@ -118,6 +118,8 @@ def test_comparisons_are_what_they_say(made: tuple[SimulationResults, Path]) -> 
         against = each.against
         assert against is not None
         assert against.gain.value == pytest.approx(each.tokens_per_second / base.tokens_per_second - 1, abs=1e-5)
+        assert against.gain.low is not None
+        assert against.gain.high is not None
         assert against.gain.low <= against.gain.value <= against.gain.high
         assert each.seconds >= oracle.seconds * 0.99
         expected = (base.seconds - each.seconds) / (base.seconds - oracle.seconds)
