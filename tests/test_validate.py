@@ -627,6 +627,22 @@ def test_runs_are_counted_whole_over_blocks(tmp_path: Path, monkeypatch: pytest.
     assert scan.alike.longest == (193, 2)
 
 
+def test_runs_end_with_their_document_and_their_token_where_a_block_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specmoe.diagnostics import blocks
+    from specmoe.diagnostics.scan import scan_trace
+
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1)  # of 256 tokens
+    first, second, third = (RoutingRecord(*(t[:512] for _, t in r.tensors())) for r in model_records(3, 520))
+    first, third = alike(alike(first, 500, 12, 1), 0, 7, 1), alike(third, 250, 12, 3)
+    second = alike(second, 0, 7, 1)
+    second.expert_ids[:7] = first.expert_ids[-1]
+    third.token_ids[256:262] = 4
+    scan = scan_trace(Trace.open(write(tmp_path, [first, second, third], ())))
+    assert (scan.alike.repeats, scan.alike.tokens) == (12, 12)
+
+
 def test_dead_experts_and_collapsed_layers(tmp_path: Path) -> None:
     lame = []
     for record in model_records():

@@ -170,6 +170,7 @@ def test_other_rows_that_are_routed_alike_are_kept_and_told(tmp_path: Path) -> N
     assert warnings[0].startswith("2,048 tokens stand in runs of 8 or more that are routed alike in every layer")
     # One known token again and again may be routed alike; different ones are not.
     assert imported(tmp_path / "b", inserted(600, FOREIGN, token=7, document=10))[1] == []
+    assert imported(tmp_path / "d", inserted(630, FOREIGN, token=77))[1] == []
     arrays["token_ids"][600 : 600 + 2048] = np.arange(2048) % 9
     assert imported(tmp_path / "c", arrays)[1] == warnings
 
@@ -195,6 +196,13 @@ def test_a_file_of_nothing_else_is_refused(tmp_path: Path) -> None:
     arrays = {"experts": COUNTING[:60].astype(np.uint8), "token_ids": np.arange(60), "seq_offsets": np.array([0, 60])}
     with pytest.raises(SpecmoeError, match="no token in it; 60 tokens, 8 or more in a row, hold the experts 0 to 2"):
         imported(tmp_path / "a", arrays, experts=64)
+
+
+def test_rows_that_say_nothing_of_layers_are_believed_where_there_are_no_others(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.insert(np.broadcast_to(np.arange(2), (20, 1, 2)), 1, 0, axis=1))
+    import_trace(tmp_path / "a.npy", tmp_path / "trace", options=ImportOptions(experts=8))
+    trace = Trace.open(tmp_path / "trace")
+    assert (len(trace.read(0)), trace.manifest.source.settings["layers"]) == (20, [0])
 
 
 def test_padding_in_dense_layers_too_does_not_make_them_route(tmp_path: Path) -> None:
