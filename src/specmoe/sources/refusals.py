@@ -61,7 +61,7 @@ def _is_dense(config: dict[str, Any]) -> bool:
     from transformers import AutoConfig
 
     try:
-        fields = list(_fields({**AutoConfig.for_model(**config).to_dict(), **config}))
+        fields = list(_fields(AutoConfig.for_model(**config).to_dict()))
     except Exception:  # Whatever is wrong with it is said when it is loaded.
         return False
     # A family's row is proof enough.
