@@ -314,8 +314,9 @@ def test_json_and_json_lines_under_each_others_names(tmp_path: Path) -> None:
 
 def test_errors_of_a_list_name_its_entry(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"data": [{"text": "a"}, {"words": "b"}]}))
-    with pytest.raises(SpecmoeError, match=r"x.json, data 2 has no text"):
-        read_texts([str(tmp_path / "x.json")])
+    for place in (tmp_path, tmp_path / "x.json"):
+        with pytest.raises(SpecmoeError, match=r"x.json, data 2 has no text"):
+            read_texts([str(place)])
 
 
 def test_tables(tmp_path: Path) -> None:
