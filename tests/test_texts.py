@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,14 @@ def test_encodings(tmp_path: Path, encoding: str, packed: bool) -> None:
     assert sorted(texts(tmp_path)) == sorted(found)
 
 
+def test_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("words of another program",))
+    writer.start()
+    assert texts(tmp_path / "pipe") == ["words of another program"]
+    writer.join()
+
+
 def test_gzip_without_its_name(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_bytes(gzip.compress(b"text"))
     assert texts(tmp_path / "plain.txt") == ["text"]
@@ -262,6 +272,7 @@ def test_where_the_text_of_a_row_is(tmp_path: Path, row: Any, text: str) -> None
         ({"category": ["code", "python"]}, "code"),
         ({"category": [], "domain": ""}, "rows"),
         ({"category": [["deep"]]}, "deep"),
+        ({"domain": float("nan"), "source": "s"}, "s"),
         ({"dataset": 7}, "7"),
         ({"source": 1.5, "category": "x"}, "1.5"),
         ({"domain": True, "source": {"a": 1}, "category": "x"}, "x"),
@@ -303,8 +314,9 @@ def test_json_and_json_lines_under_each_others_names(tmp_path: Path) -> None:
 
 def test_errors_of_a_list_name_its_entry(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"data": [{"text": "a"}, {"words": "b"}]}))
-    with pytest.raises(SpecmoeError, match=r"x.json, data 2 has no text"):
-        read_texts([str(tmp_path / "x.json")])
+    for place in (tmp_path, tmp_path / "x.json"):
+        with pytest.raises(SpecmoeError, match=r"x.json, data 2 has no text"):
+            read_texts([str(place)])
 
 
 def test_tables(tmp_path: Path) -> None:

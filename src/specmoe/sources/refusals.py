@@ -37,13 +37,12 @@ def refuse_without_experts(model: str, config: dict[str, Any]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = config["model_type"]
-    is_offered = model_type in CONFIG_MAPPING_NAMES
-    if config.get("auto_map") and not is_offered:
+    if config.get("auto_map") and model_type not in CONFIG_MAPPING_NAMES:
         raise SpecmoeError(
             f"{model} ({model_type}) needs code of its own (auto_map in its config.json), and no code of a checkpoint "
             f"is ever run; take a version of it for transformers itself, or a model such as {_EXAMPLES}"
         )
-    if is_offered and _is_dense(config):
+    if _is_dense(config):
         raise SpecmoeError(
             f"{model} ({model_type}) is a dense model: it has no experts to route; "
             f"take a Mixture-of-Experts model such as {_EXAMPLES}"
@@ -61,8 +60,8 @@ def _is_dense(config: dict[str, Any]) -> bool:
     from transformers import AutoConfig
 
     try:
-        fields = list(_fields({**AutoConfig.for_model(**config).to_dict(), **config}))
-    except Exception:  # Whatever is wrong with it is said when it is loaded.
+        fields = list(_fields(AutoConfig.for_model(**config).to_dict()))
+    except Exception:  # An unknown type, or a wrong value: said when it is loaded.
         return False
     # A family's row is proof enough.
     types = {re.sub(r"_text$", "", value) for name, value in fields if name == "model_type" and isinstance(value, str)}

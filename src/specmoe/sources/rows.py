@@ -302,7 +302,12 @@ def _label(fields: dict[str, Any], names: Iterable[str]) -> str:
         value = fields.get(name)
         while isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
+        # NaN is what tables put where nothing is.
+        if (
+            isinstance(value, str | int | float)
+            and not isinstance(value, bool)
+            and str(value).strip() not in {"", "nan"}
+        ):
             return str(value).strip()
     return ""
 

@@ -124,6 +124,8 @@ def _holds_something(file: Path, root: Path | None, notes: Notes) -> bool:
     Raises:
         SpecmoeError: it is a pointer or a page where text is due.
     """
+    if not file.is_file():  # A pipe: what is read of it is gone.
+        return True
     if file.stat().st_size == 0:
         return False
     found, is_due = impostor(file), is_rows(file) or _PLAIN.search(file.name) is not None
@@ -162,9 +164,7 @@ def _text_of(file: Path, root: Path | None, notes: Notes) -> str:
     except SpecmoeError as error:
         reason = f"it {str(error).removeprefix(f'{file} ')}"
     if root is None:
-        raise SpecmoeError(
-            f"{file} is no readable text: {reason}; give UTF-8 text, or rows as .jsonl, .csv or .parquet"
-        )
+        raise SpecmoeError(f"{file} is no readable text: {reason}; give UTF-8, or rows as .jsonl, .csv or .parquet")
     notes.add(_NO_TEXT, str(file))
     return ""
 
