@@ -378,6 +378,10 @@ def test_requests_that_failed_are_counted(tmp_path: Path) -> None:
         "none of its 3 responses",
     )
     refused(
+        jsonl(tmp_path, {"choices": [{}, {}]}),
+        "none of its 2 responses can be used; the first, line 1, choice 0: it has no",
+    )
+    refused(
         jsonl(tmp_path, {"detail": "Not Found"}),
         "none of its 1 responses can be used; the first, line 1: it has neither",
     )
