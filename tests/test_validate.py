@@ -391,6 +391,11 @@ def test_unknown_ids_alone_are_no_leak(tmp_path: Path) -> None:
         ids = [torch.randint(0, experts, (length, layers, 1), generator=draw) for _ in range(80)]
         tokens = [torch.full((length,), -1) for _ in range(80)]
         assert leaked(ids_only(tmp_path / str(number), ids, tokens), range(40)).mostly == 0
+    # A copy of most of a document is still told from them, by what stands at the same place.
+    ids = [torch.randint(0, 2, (120, 1, 1), generator=draw) for _ in range(40)]
+    ids[20:] = [torch.cat([ids[n][:110], ids[n + 20][110:]]) for n in range(20)]
+    path = ids_only(tmp_path / "copies", ids, [torch.full((120,), -1)] * 40)
+    assert leaked(path, range(20)).mostly >= 18
     # Rows that are alike throughout, as padding is, say nothing of a text.
     tail = [one_after_the_other(cut(record, 0, 20), *[cut(records[0], 5, 6)] * 40) for record in records]
     assert leaked(write(tmp_path / "b", [without_ids(record) for record in tail], ()), range(20)).mostly == 0
