@@ -261,12 +261,13 @@ def test_requests_of_a_recorder(tmp_path: Path) -> None:
         [0, 2, 3],
         [1],
     ]
-    # What was cached is not there, so it tells nothing.
-    records[2] = record(2, 1, [first[30:]], start=30)
+    # What was cached is not there, so equal ends tell nothing.
+    records[2:] = [record(2 + number, 1, [first[30:]], start=30) for number in range(2)]
     assert sets_of(groups_of(dump(tmp_path / "expert_distribution_recorder_2_0.pt", records), tmp_path / "u")) == [
         [0, 2],
         [1],
         [3],
+        [4],
     ]
 
 

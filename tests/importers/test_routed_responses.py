@@ -28,7 +28,7 @@ from array_samples import (
 )
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.importers import import_trace, recognise
+from specmoe.sources.importers import import_trace, recognise, response_files
 from specmoe.trace import Trace
 
 
@@ -338,15 +338,25 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
 
 def test_a_first_request_that_is_long_or_failed(tmp_path: Path) -> None:
     long = vllm_response("a", 40_000, 2, 0)
-    answer = {"prompt": "x" * 70_000, "prompt_token_ids": long.pop("prompt_token_ids"), **long}
+    answer = {"prompt": "x" * 3_000_000, "prompt_token_ids": long.pop("prompt_token_ids"), **long}
     path = jsonl(tmp_path, answer)
-    assert b"routed_experts" not in path.read_bytes()[: 1 << 17]
+    assert b"routed_experts" not in path.read_bytes()[: 3 << 20]
     assert recognise(path).name == "routed-responses"
     path = jsonl(tmp_path, *[{"error": {"message": "y" * 500}}] * 300, vllm_response("a", 5, 3, 0))
     assert recognise(path).name == "routed-responses"
     trace, warnings = imported(path, tmp_path / "trace")
     same_as(trace, ("a", 5, 3, 0))
     assert warnings[0].startswith("300 of 301 responses were left out, the first in line 1: the request failed (yyy")
+
+
+@pytest.mark.parametrize("build", [stream, indented, packed])
+def test_words_and_values_that_blocks_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
+    path = build(tmp_path)
+    plain, _ = imported(path, tmp_path / "plain")
+    monkeypatch.setattr(response_files, "_CHUNK", 7)
+    assert recognise(path).name == "routed-responses"
+    trace, _ = imported(path, tmp_path / "cut")
+    assert [document.text_sha256 for document in trace.documents] == [d.text_sha256 for d in plain.documents]
 
 
 def test_texts_are_no_responses(tmp_path: Path) -> None:
@@ -366,6 +376,10 @@ def test_requests_that_failed_are_counted(tmp_path: Path) -> None:
     refused(
         jsonl(tmp_path, {"error": "a"}, {"object": "error", "message": "b"}, {"choices": [{}]}),
         "none of its 3 responses",
+    )
+    refused(
+        jsonl(tmp_path, {"choices": [{}, {}]}),
+        "none of its 2 responses can be used; the first, line 1, choice 0: it has no",
     )
     refused(
         jsonl(tmp_path, {"detail": "Not Found"}),

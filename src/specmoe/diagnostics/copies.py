@@ -189,6 +189,8 @@ def _shared_routing(scan: Scan, sample: RoutingSample, trained_D: np.ndarray, ju
     """
     hash_N, document_N, position_N, tokens_N = scan.routing.columns()
     shared_N = np.zeros(len(hash_N), bool)
+    if not (tokens_N == 0).any():
+        return shared_N
     # What a document repeats within itself says nothing of another one.
     single_N = np.zeros(len(hash_N), bool)
     single_N[pairs_of_copies(hash_N, document_N, position_N)[3]] = True

@@ -65,7 +65,7 @@ class _Response:
 
 @dataclass
 class _LeftOut:
-    """Responses of which nothing can be imported: how many, of how many, and what is wrong with the first."""
+    """Answers (choices, failed requests) that cannot be imported: how many of how many, and the first one's fault."""
 
     seen: int = 0
     count: int = 0
@@ -136,20 +136,18 @@ def _responses_of(found: Found, where: str, key: str, facts: dict[str, str], lef
     try:
         if not isinstance(found.value, dict):
             raise SpecmoeError("it is no response (a JSON object)")
-        left_out.seen += 1
         name = f"line-{found.line:06d}" + ("" if found.place is None else f"/{found.place}")
         facts = {**facts_of(found.value), **facts}
         response, custom = _unwrapped(found.value)
         parts = list(_choices(response, _name(custom, name)))
         for part, answer in parts:
+            left_out.seen += 1
             if isinstance(answer, str):
-                if len(parts) == 1:
-                    raise _NoExpertsError(answer)
-                left_out.seen += 1
-                left_out.note(f"{where}, choice {part}", answer)
+                left_out.note(where if len(parts) == 1 else f"{where}, choice {part}", answer)
             else:
                 yield replace(answer, facts=facts, answer_of=key if len(parts) > 1 else "")
     except _NoExpertsError as error:
+        left_out.seen += 1
         left_out.note(where, str(error))
     except SpecmoeError as error:
         raise SpecmoeError(f"line {found.line}: {error}") from error
