@@ -33,6 +33,8 @@ __all__ = [
 
 # What stands in ``token_ids`` where a format does not say which token it was.
 UNKNOWN_TOKEN = -1
+# Files that are read as text, and so may be packed with gzip.
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trace", ".log", ".route")
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,17 @@ def topology_of(
 def files_of(path: Path, *suffixes: str) -> list[Path]:
     """``path`` itself, or the files with one of ``suffixes`` anywhere below it, sorted by name.
 
+    Behind a suffix of text files, ``.gz`` may follow.
+
     Raises:
         SpecmoeError: there is none.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(suffixes))
+    packed = tuple(f"{suffix}.gz" for suffix in suffixes if suffix in _TEXT_SUFFIXES)
+    found = sorted(
+        file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith((*suffixes, *packed))
+    )
     if not found:
         raise SpecmoeError(f"{path} holds no {' or '.join(suffixes)} file")
     return found

@@ -21,6 +21,7 @@ from specmoe.sources.importers import (
     safetensors_set,
     sglang_recorder,
 )
+from specmoe.sources.importers._streams import first_bytes, scratch
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
 from specmoe.trace import Manifest, Source, TraceWriter
 
@@ -58,8 +59,7 @@ def recognise(path: Path) -> Importer:
     head = b""
     try:
         if not path.is_dir():
-            with path.open("rb") as stream:
-                head = stream.read(_HEAD_BYTES)
+            head = first_bytes(path, _HEAD_BYTES)
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
     for importer in IMPORTERS.values():
@@ -97,17 +97,18 @@ def import_trace(
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
         options = options or ImportOptions()
-        try:
-            foreign = importer.read(path, options)
-        except SpecmoeError as error:
-            if str(path) in str(error):
-                raise
-            raise SpecmoeError(f"{path}: {error}") from error
-        try:
-            _write(foreign, _manifest(foreign, importer, path, options), out, on_progress)
-        finally:
-            if isinstance(foreign.documents, Generator):
-                foreign.documents.close()  # with the files that it has open
+        with scratch(out):
+            try:
+                foreign = importer.read(path, options)
+            except SpecmoeError as error:
+                if str(path) in str(error):
+                    raise
+                raise SpecmoeError(f"{path}: {error}") from error
+            try:
+                _write(foreign, _manifest(foreign, importer, path, options), out, on_progress)
+            finally:
+                if isinstance(foreign.documents, Generator):
+                    foreign.documents.close()  # with the files that it has open
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror or error}") from error
     return foreign.warnings

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.importers._streams import bare_name, open_text
 from specmoe.sources.importers.arrays import opened
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, files_of
 from specmoe.sources.importers.npy import parse_npy
@@ -85,7 +86,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
 
 def _responses(files: list[Path]) -> Iterator[_Response]:
     for file in files:
-        with opened(file), file.open("rb") as stream:
+        with opened(file), open_text(file) as stream:
             number = 0
             while line := stream.readline(_LONGEST_LINE):
                 number += 1
@@ -218,7 +219,7 @@ def _never_repeats(rows_TW: np.ndarray, size: int) -> bool:
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    return path.suffix.lower() in {".jsonl", ".ndjson"} and b'"routed_experts"' in head
+    return bare_name(path).lower().endswith((".jsonl", ".ndjson")) and b'"routed_experts"' in head
 
 
 IMPORTER = Importer(
