@@ -83,14 +83,20 @@ def import_(
     ] = None,
     model_id: Annotated[str, typer.Option(help="Name of the model that was traced.")] = "unknown",
     experts: Annotated[int | None, typer.Option(min=1, help="Experts in a layer, where the file does not say.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="Of rows under other names: layer=layer_idx,experts=topk_ids,token=pos,document=req_id,..."
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
     from specmoe.cli.progress import ProgressLine
-    from specmoe.sources.importers import ImportOptions, import_trace
+    from specmoe.sources.importers import ImportOptions, column_map, import_trace
     from specmoe.trace import Trace
 
-    options = ImportOptions(model_id=model_id, experts=experts)
+    options = ImportOptions(model_id=model_id, experts=experts, columns=column_map(columns or ()))
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)
     for warning in warnings:

@@ -21,7 +21,7 @@ from typing import IO, BinaryIO, cast
 
 from specmoe.errors import SpecmoeError
 
-__all__ = ["bare_name", "first_bytes", "open_text", "scratch", "temporary_file"]
+__all__ = ["bare_name", "first_bytes", "open_text", "put", "scratch", "temporary_file"]
 
 _GZIP = b"\x1f\x8b"
 # The longest first: a UTF-32 mark begins with a UTF-16 one.
@@ -75,6 +75,22 @@ def temporary_file() -> BinaryIO:
         return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
     except OSError as error:
         raise SpecmoeError(f"no temporary file can be made in {folder}: {error.strerror or error}") from error
+
+
+def put(file: BinaryIO, content: bytes, path: Path) -> None:
+    """Write to a temporary file what comes from ``path``.
+
+    Raises:
+        SpecmoeError: the disk is full.
+    """
+    try:
+        file.write(content)
+    except OSError as error:
+        current = _current.get()
+        where = tempfile.gettempdir() if current is None else current.folder
+        raise SpecmoeError(
+            f"{path} needs a temporary file, which cannot be written in {where}: {error.strerror or error}"
+        ) from error
 
 
 def bare_name(path: Path) -> str:
@@ -202,21 +218,12 @@ def _unpacked(path: Path, current: _Scratch, start: int) -> BinaryIO:
         try:
             with open_text(path) as stream:
                 while chunk := stream.read(_CHUNK_BYTES):
-                    _write(file, chunk, path, current.folder)
+                    put(file, chunk, path)
         except BaseException:
             file.close()
             raise
         current.unpacked[path] = file
     return cast(BinaryIO, io.BufferedReader(_Shared(current.unpacked[path], start), _CHUNK_BYTES))
-
-
-def _write(file: BinaryIO, chunk: bytes, path: Path, folder: Path) -> None:
-    try:
-        file.write(chunk)
-    except OSError as error:
-        raise SpecmoeError(
-            f"{path} could not be unpacked into a temporary file in {folder}: {error.strerror or error}"
-        ) from error
 
 
 class _Shared(io.RawIOBase):

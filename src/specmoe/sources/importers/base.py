@@ -7,7 +7,7 @@ up. ``docs/trace-formats.md`` has a field table for every importer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,12 @@ class ImportOptions:
     Attributes:
         model_id: name of the model that was traced.
         experts: experts in a layer; None to take the format's word or, failing that, one more than the largest id.
+        columns: for the format ``rows``: what a column holds → its name in the file.
     """
 
     model_id: str = "unknown"
     experts: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

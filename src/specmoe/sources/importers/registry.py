@@ -20,6 +20,7 @@ from specmoe.sources.importers import (
     routed_responses,
     safetensors_set,
     sglang_recorder,
+    table_rows,
 )
 from specmoe.sources.importers._streams import first_bytes, scratch
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
@@ -27,7 +28,7 @@ from specmoe.trace import Manifest, Source, TraceWriter
 
 __all__ = ["IMPORTERS", "import_trace", "recognise"]
 
-# Recognised in this order: the strictest first.
+# Recognised in this order: the strictest first, the general one last.
 IMPORTERS: dict[str, Importer] = {
     module.IMPORTER.name: module.IMPORTER
     for module in (
@@ -44,6 +45,7 @@ IMPORTERS: dict[str, Importer] = {
         problem_jsonl,
         colibri_route_trace,
         llama_moe_trace,
+        table_rows,
     )
 }
 
@@ -94,9 +96,13 @@ def import_trace(
         raise unknown_name("format", format, IMPORTERS)
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
+    options = options or ImportOptions()
+    if options.columns:
+        format = format or table_rows.IMPORTER.name
+        if format != table_rows.IMPORTER.name:
+            raise SpecmoeError(f"--map goes with --format {table_rows.IMPORTER.name}, not with {format}")
     importer = IMPORTERS[format] if format is not None else recognise(path)
     try:
-        options = options or ImportOptions()
         with scratch(out):
             try:
                 foreign = importer.read(path, options)
