@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from specmoe.errors import SpecmoeError
-from specmoe.sources.importers._text import Lines, bad_line, blocks, csv_reader, integers, objects, parsed, refuse_cut
+from specmoe.sources.importers._text import (
+    Lines,
+    bad_line,
+    blocks,
+    csv_reader,
+    integers,
+    no_search_for_cycles,
+    objects,
+    parsed,
+    refuse_cut,
+)
 
 __all__ = ["Table", "first_table", "lists", "nested_values", "read_tables", "reals", "wholes"]
 
@@ -155,7 +165,8 @@ def _joined(first: Lines, second: Lines) -> Lines:
 def _rows(lines: Lines, delimiter: str, width: int | None) -> list[list[str]]:
     def parse(text: list[bytes]) -> list[list[str]]:
         try:
-            rows = list(csv_reader((row.decode() for row in text), delimiter))
+            with no_search_for_cycles():
+                rows = list(csv_reader(map(bytes.decode, text), delimiter))
         except Exception as error:  # csv.Error is of no kind that says so
             raise ValueError from error
         if len(rows) != len(text) or (width is not None and set(map(len, rows)) - {width}):
@@ -169,11 +180,15 @@ def _rows(lines: Lines, delimiter: str, width: int | None) -> list[list[str]]:
 # --- cells -----------------------------------------------------------------------------------------------
 
 
-def _values(cells: list[Any], text: bool, empty: str = "null") -> list[Any]:
+def _values(cells: list[Any], text: bool) -> list[Any]:
     """JSON values of cells; text is taken for JSON."""
     if not text:
         return cells
-    found = json.loads(f"[{','.join([cell if cell and not cell.isspace() else empty for cell in cells])}]")
+    with no_search_for_cycles():
+        try:
+            found = json.loads(f"[{','.join(cells)}]")
+        except ValueError:  # perhaps for an empty cell
+            found = json.loads(f"[{','.join([cell if cell and not cell.isspace() else 'null' for cell in cells])}]")
     if len(found) != len(cells):
         raise ValueError("a cell holds more than one value")
     return found

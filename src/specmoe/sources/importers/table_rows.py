@@ -138,14 +138,18 @@ class _Source:
 
     def _documents(self, table: Table, layout: Layout) -> np.ndarray:
         """Each row's document, by number."""
-        count = len(table)
         names = (layout.domain, layout.document, layout.group)
-        columns = [[""] * count if name is None else list(map(_label, table.cells(name, count))) for name in names]
-        if all(column.count(column[0]) == count for column in columns):
-            return np.full(count, self._document(table, *(column[0] for column in columns)))
-        keys = list(zip(*columns, strict=True))
-        known = {key: self._document(table, *key) for key in dict.fromkeys(keys)}
-        return np.fromiter((known[key] for key in keys), np.int64, count)
+        columns = [None if name is None else _labels(table.cells(name, len(table))) for name in names]
+        several = [column for column in columns if isinstance(column, list)]
+        keys: list[Any] = several[0] if len(several) == 1 else list(zip(*several, strict=True))
+        if not several:
+            return np.full(len(table), self._document(table, *(str(column or "") for column in columns)))
+        known: dict[Any, int] = {}
+        for key in dict.fromkeys(keys):
+            parts = iter((key,) if len(several) == 1 else key)
+            labels = (str(next(parts) if isinstance(column, list) else column or "") for column in columns)
+            known[key] = self._document(table, *labels)
+        return np.fromiter(map(known.__getitem__, keys), np.int64, len(table))
 
     def _document(self, table: Table, domain: str, own: str, group: str) -> int:
         file = table.lines.path
@@ -161,6 +165,17 @@ class _Source:
                 "documents of their own, say what tells them apart with --map document=COLUMN",
             )
         return known.number
+
+
+def _labels(cells: list[Any]) -> str | list[str]:
+    """Each cell as text; once if all are the same."""
+    if cells.count(cells[0]) == len(cells):
+        return _label(cells[0])
+    try:
+        known = {cell: _label(cell) for cell in set(cells)}
+    except TypeError:  # of JSON, not everything can be a key
+        return list(map(_label, cells))
+    return [known[cell] for cell in cells]
 
 
 def _label(cell: Any) -> str:
