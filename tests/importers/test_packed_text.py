@@ -110,7 +110,9 @@ def test_a_disk_that_is_full_of_unpacked_text_is_named(tmp_path: Path, monkeypat
 
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mixed().encode()))
     monkeypatch.setattr(_streams, "temporary_file", Full)
-    refused(tmp_path / "b.jsonl.gz", tmp_path / "trace", "temporary file in .*No space left", format="problem-jsonl")
+    refused(
+        tmp_path / "b.jsonl.gz", tmp_path / "trace", "needs a temporary file.*No space left", format="problem-jsonl"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,6 +137,9 @@ def test_a_damaged_gzip_is_still_recognised_by_what_stands_before_the_damage(tmp
     path.write_bytes(whole[: len(whole) // 2])
     assert recognise(path).name == "problem-jsonl"
     refused(path, tmp_path / "trace", "no end")
+    path.write_bytes(whole[:40])
+    with pytest.raises(SpecmoeError, match="cut short: its gzip data have no end"):
+        recognise(path)
 
 
 def test_broken_utf_16_is_named(tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_groups_join_what_has_anything_in_common(tmp_path: Path) -> None:
     assert found == [("a/0", "prompt-0"), ("a/1", "prompt-0"), ("b/2", "prompt-0"), ("b/3", "prompt-1")]
 
 
+def test_the_same_prompt_behind_other_padding(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    saved(tmp_path / "in", ".npz", padded([4], [3]))
+    saved(tmp_path / "in", ".safetensors", padded([4], [5], (9, 5)))
+    trace, _ = imported(tmp_path / "in", tmp_path / "trace")
+    assert [document.group for document in trace.documents] == ["prompt-0", "prompt-0"]
+
+
 def test_an_index_that_repeats_is_that_of_the_prompt(tmp_path: Path) -> None:
     batch = padded(PROMPTS, RESPONSES) | {"index": np.array([7, 8, 8])}
     del batch["input_ids"]

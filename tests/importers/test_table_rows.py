@@ -239,6 +239,16 @@ def test_mixed_documents_go_through_a_temporary_file_and_sorted_ones_do_not(
         holds(trace, number, source)
 
 
+def test_documents_that_come_back_in_a_later_block_are_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = foreign_rows(routing(8)), foreign_rows(routing(8, 1), request="r1")
+    first = jsonl(one[:12] + other[:12])
+    monkeypatch.setattr(_text, "_BLOCK_BYTES", len(first) + 9)  # in no block do rows lie mixed
+    trace, _ = run(write(tmp_path / "a.jsonl", first + jsonl(one[12:] + other[12:])), tmp_path / "trace")
+    assert [document.doc_id for document in trace.documents] == ["r0", "r1"]
+    holds(trace, 0, routing(8))
+    holds(trace, 1, routing(8, 1))
+
+
 def test_a_full_disk_below_the_temporary_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from specmoe.sources.importers import table_rows
 
@@ -340,6 +350,10 @@ def test_domains_groups_and_folders(tmp_path: Path) -> None:
     trace, _ = run(tmp_path / "in", tmp_path / "both")
     assert [document.doc_id for document in trace.documents][-2:] == ["a.jsonl:code/r2", "b.csv.gz:r0"]
     holds(trace, 6, routing(5, 7))
+    write(tmp_path / "in" / "c.tsv", table(activations(foreign_rows(routing(6, 8))), delimiter="\t"))
+    trace, _ = run(tmp_path / "in", tmp_path / "three")
+    assert [document.doc_id for document in trace.documents][-2:] == ["b.csv.gz:r0", "c.tsv:r0"]
+    holds(trace, 7, routing(6, 8))
 
 
 def test_a_conversation_without_requests_is_the_document(tmp_path: Path) -> None:
@@ -506,6 +520,12 @@ def test_slots_by_any_name(tmp_path: Path) -> None:
     holds(trace, 0, routing(8))
 
 
+def test_slots_are_ordered_by_their_numbers(tmp_path: Path) -> None:
+    rows = [{"pos": 0, "layer": 0} | {f"e{slot}": 20 + slot for slot in (10, 2, 0, 11, 1, *range(3, 10))}]
+    trace, _ = run(write(tmp_path / "a.csv", table(rows)), tmp_path / "trace")
+    assert trace.read(0).expert_ids.tolist() == [[[20 + slot for slot in range(12)]]]
+
+
 # --- faults -------------------------------------------------------------------------------------------------
 
 
@@ -567,6 +587,11 @@ def test_rows_that_do_not_fit_are_named_by_their_line(
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, text: str, words: str) -> None:
     refused(write(tmp_path / "a.csv", text), tmp_path / "trace", words, format="rows")
+
+
+def test_weights_of_other_layers_than_the_experts(tmp_path: Path) -> None:
+    row = {"pos": 0, "experts": {"1": [1, 2], "2": [3, 4]}, "weights": {"2": [0.5, 0.5], "1": [0.6, 0.4]}}
+    refused(write(tmp_path / "a.jsonl", jsonl([row])), tmp_path / "trace", "line 1: expected", format="rows")
 
 
 def test_files_with_and_without_weights_do_not_go_together(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def first_bytes(path: Path, count: int) -> bytes:
     """The first bytes of a file, of its text if that is packed; as many as can be had, and no more than ``count``.
 
     Raises:
+        SpecmoeError: not one can be unpacked.
         OSError: the file cannot be read.
     """
     found = b""
@@ -140,7 +141,8 @@ def first_bytes(path: Path, count: int) -> bytes:
             while len(found) < count and (part := stream.read(min(1 << 10, count - len(found)))):
                 found += part
         except SpecmoeError:
-            pass
+            if not found:
+                raise
     return found
 
 

@@ -69,7 +69,10 @@ def recognise(path: Path) -> Importer:
     for importer in IMPORTERS.values():
         if importer.recognises(path, head):
             return importer
-    raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
+    raise SpecmoeError(
+        f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}; "
+        "or, of a table, the columns with --map"
+    )
 
 
 def import_trace(
