@@ -146,6 +146,8 @@ def test_broken_utf_16_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xff\xfe" + '{"a": 1}\n'.encode("utf-16-le") + b"\x00\xd8\x20\x00")
     refused(path, tmp_path / "trace", "not: 'utf-16", format="problem-jsonl")
+    path.write_bytes(jsonl(problems(routing(3))).encode("utf-16") + b"\x20")  # half a character
+    refused(path, tmp_path / "trace", "not: 'utf-16.* truncated data", format="problem-jsonl")
 
 
 def test_a_gzip_that_unfolds_to_far_more_than_text_does_is_refused(
