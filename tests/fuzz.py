@@ -126,6 +126,19 @@ def _results(folder: Path) -> Path:
     return folder / "results.json"
 
 
+def _tables(folder: Path) -> Path:
+    """Rows in several forms: packed, in UTF-16, layers within tokens."""
+    path = folder / "tables"
+    path.mkdir()
+    rows = text_samples.foreign_rows(text_samples.routing(8))
+    nested = [{"pos": pos, "layers": [row for row in rows if row["pos"] == pos]} for pos in range(8)]
+    (path / "a.csv").write_text(text_samples.table(rows))
+    (path / "b.tsv").write_text(text_samples.table(text_samples.activations(rows), delimiter="\t"), encoding="utf-16")
+    (path / "c.jsonl.gz").write_bytes(gzip.compress(text_samples.jsonl(rows).encode(), mtime=0))
+    (path / "d.jsonl").write_text(text_samples.jsonl(nested))
+    return path
+
+
 _SAMPLES: dict[str, Callable[[Path], Path]] = {
     "gating-pickle": _gating_pickle,
     **array_samples.SAMPLES,
@@ -134,6 +147,7 @@ _SAMPLES: dict[str, Callable[[Path], Path]] = {
 TARGETS: dict[str, Target] = {
     **{name: Target(build, _import_as(name)) for name, build in _SAMPLES.items() if name in IMPORTERS},
     **{f"{name}-{form}": Target(build, _import_as(name)) for (name, form), build in array_samples.FORMS.items()},
+    "rows-packed": Target(_tables, _import_as("rows")),
     "trace": Target(_trace, _read_trace),
     "checkpoint": Target(_checkpoint, lambda path, _: load_checkpoint(path)),
     "results": Target(_results, lambda path, _: Results.load(path)),

@@ -265,6 +265,54 @@ def safetensors_set(folder: Path) -> Path:
     return path
 
 
+def rollout_sample(index: int, group: int, prompt: int, response: int, seed: int, **more: Any) -> dict[str, Any]:
+    """As slime's ``Sample.to_dict`` gives it: rows for all tokens but the last, dense layers filled with 0."""
+    ids = ids_of(prompt + response - 1, seed, layers=LAYERS + 1).astype(np.int32)
+    ids[:, 0] = 0
+    return {
+        "group_index": group,
+        "index": index,
+        "prompt": f"question {group}",
+        "tokens": [
+            *range(1000 * group, 1000 * group + prompt),
+            *range(7000 + 100 * index, 7000 + 100 * index + response),
+        ],
+        "response": "…",
+        "response_length": response,
+        "reward": 0.5,
+        "loss_mask": [1] * response,
+        "rollout_routed_experts": ids,
+        "status": "completed",
+        "metadata": {"raw_reward": None},
+        **more,
+    }
+
+
+def rollouts(folder: Path) -> Path:
+    """A dump of slime's: two prompts with two samples each."""
+    samples = [rollout_sample(index, index // 2, 4 + index // 2, 3 + index, index) for index in range(4)]
+    torch.save({"rollout_id": 0, "samples": samples}, folder / "rollout_0.pt")
+    return folder / "rollout_0.pt"
+
+
+def padded(prompts: list[int], responses: list[int], width: tuple[int, int] = (6, 5)) -> dict[str, np.ndarray]:
+    """A batch as verl lays it out: prompts padded left, responses right, the last token without experts."""
+    batch, places = len(prompts), sum(width)
+    ids = np.zeros((batch, places, LAYERS, TOP_K), np.int16)
+    attention, tokens = np.zeros((batch, places), np.int64), np.zeros((batch, places), np.int64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, stop = width[0] - prompt, width[0] + response
+        attention[row, start:stop] = 1
+        tokens[row, start:stop] = [*range(500, 500 + prompt), *range(900 + 10 * row, 900 + 10 * row + response)]
+        ids[row, start : stop - 1] = ids_of(prompt + response - 1, row)
+    return {
+        "routed_experts": ids,
+        "input_ids": tokens,
+        "attention_mask": attention,
+        "response_mask": attention[:, width[0] :],
+    }
+
+
 # A sample of every array format for those who walk the registry.
 SAMPLES: dict[str, Callable[[Path], Path]] = {
     "npz": npz,
@@ -273,6 +321,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "sglang-recorder": recorder,
     "flame-moe": flame,
     "safetensors": safetensors_set,
+    "rl-rollouts": rollouts,
 }
 # Other forms that an importer reads, by its name and theirs.
 FORMS: dict[tuple[str, str], Callable[[Path], Path]] = {

@@ -72,6 +72,14 @@ def test_hidden_states(tmp_path: Path, scale: float) -> None:
     assert torch.equal(record.hidden, torch.from_numpy(hidden))
 
 
+def test_vectors_whose_text_is_longer_than_the_csv_module_takes_unasked(tmp_path: Path) -> None:
+    hidden = np.random.default_rng(0).standard_normal((3, len(LAYERS), 7168))
+    text = moe_beyond(list("abc"), routing(3), hidden_TLD=hidden)
+    assert max(len(field) for field in text.split('"')) > 131_072
+    trace, _ = run(write(tmp_path / "p.csv", text), tmp_path / "trace")
+    assert torch.equal(trace.read(0).hidden, torch.from_numpy(hidden).float().half())
+
+
 def test_a_file_that_was_cut_short_between_rows_is_left_out(tmp_path: Path) -> None:
     write(tmp_path / "in/a.csv", "".join(moe_beyond(list("abc"), routing(3)).splitlines(keepends=True)[:-1]))
     write(tmp_path / "in/b.csv", moe_beyond(list("abc"), routing(3)))
@@ -117,7 +125,7 @@ def test_hidden_states_that_are_no_numbers(tmp_path: Path) -> None:
         (lambda text: text + '5,0,z,"[1, -2]"\r\n', "line 11: expert id -2"),
         (lambda text: text + '-5,0,z,"[1, 2]"\r\n', "line 11: layer -5"),
         (lambda text: text + '5,0,z,"[1, 99999]"\r\n', "line 11: expert id 99999"),
-        (lambda text: text + "5,0,z," + "9" * 200_000 + "\r\n", "line 11: field larger"),
+        (lambda text: text + "5,0,z," + "9" * 200_000 + "\r\n", "line 11: expected layer"),
         (lambda text: text.replace(",c,", ",d,", 1), "token 2 is 'd' in layer 1, but 'c' in layer 2"),
     ],
 )

@@ -28,7 +28,9 @@ def test_each_format_is_recognised_by_its_own_importer_only(tmp_path: Path, name
     file = write(tmp_path / "in", name)
     head = file.read_bytes()[: 64 << 10]
     for path, start in ((file, head), (tmp_path / "in", b"")):
-        assert [other for other in IMPORTERS if IMPORTERS[other].recognises(path, start)] == [name]
+        found = [other for other in IMPORTERS if IMPORTERS[other].recognises(path, start)]
+        # The general importer comes last, and knows what several of the others know, too.
+        assert found in ([name], [name, "rows"])
         assert recognise(path).name == name
 
 

@@ -160,6 +160,50 @@ def moe_beyond(tokens: list[str], routing: Routing, *, hidden_TLD: np.ndarray | 
     return text.getvalue()
 
 
+def foreign_rows(routing: Routing, *, request: str = "r0", prompt: int = 5) -> list[dict[str, Any]]:
+    """One row for a layer of a token, under names of nobody in particular."""
+    return [
+        {
+            "req_id": request,
+            "pos": token,
+            "layerIdx": name,
+            "topk_ids": routing.ids_TLK[token, layer].tolist(),
+            "topk_weights": routing.weights_TLK[token, layer].tolist(),
+            "input_id": 100 + token,
+            "phase": "prefill" if token < prompt else "decode",
+        }
+        for token in range(len(routing))
+        for layer, name in enumerate(LAYERS)
+    ]
+
+
+def activations(rows: list[dict[str, Any]], first: int = 0) -> list[dict[str, Any]]:
+    """One row per expert, with its slot."""
+    return [
+        {
+            "request": row["req_id"],
+            "tokenIndex": row["pos"],
+            "Layer": row["layerIdx"],
+            "rank": first + slot,
+            "expert-id": expert,
+            "gate_weight": weight,
+            "token_id": row["input_id"],
+            "stage": int(row["phase"] == "decode"),
+        }
+        for row in rows
+        for slot, (expert, weight) in enumerate(zip(row["topk_ids"], row["topk_weights"], strict=True))
+    ]
+
+
+def table(rows: list[dict[str, Any]], *, delimiter: str = ",", head: str = "") -> str:
+    """CSV with a header; lists as JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows(row.values() for row in rows)
+    return head + text.getvalue()
+
+
 # By importer: the name of a file and its whole text.
 SAMPLES: dict[str, tuple[str, Callable[[], str]]] = {
     "bigmoeonedge-csv": ("trace.csv", lambda: BIGMOEONEDGE_HEAD + bigmoeonedge(routing(8), prompt=5)),
@@ -168,4 +212,5 @@ SAMPLES: dict[str, tuple[str, Callable[[], str]]] = {
     "problem-jsonl": ("routing.jsonl", lambda: jsonl(problems(routing(8)) + problems(routing(5, 1), problem=1))),
     "colibri-route-trace": ("route.txt", lambda: colibri(routing(8), prompt=5)),
     "llama-moe-trace": ("moe-trace.csv", lambda: llama_ranks(routing(8), prompt=5)),
+    "rows": ("log.jsonl", lambda: jsonl(foreign_rows(routing(8)) + foreign_rows(routing(5, 1), request="r1"))),
 }

@@ -100,11 +100,17 @@ def import_(
         str | None,
         typer.Option(help="Keep together in a split what has the same FIELD: one of a request, or file or folder."),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", help="Of rows under other names: layer=layer_idx,experts=topk_ids,token=pos,document=req_id,..."
+        ),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Turn somebody else's routing data into a trace; says what looks wrong with it."""
     from specmoe.cli.progress import ProgressLine
-    from specmoe.sources.importers import ImportOptions, import_trace
+    from specmoe.sources.importers import ImportOptions, column_map, import_trace
     from specmoe.sources.importers.axes import axes_of
     from specmoe.trace import Trace
 
@@ -115,6 +121,7 @@ def import_(
         experts_per_layer=counts if len(counts) > 1 else None,
         axes=None if axes is None else axes_of(axes),
         group_by=group_by,
+        columns=column_map(columns or ()),
     )
     with ProgressLine("importing") as line:
         warnings = import_trace(source, out, format=format, options=options, on_progress=line.update)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import methodcaller
@@ -15,16 +16,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.importers._streams import first_bytes, open_text
 from specmoe.sources.importers.base import files_of
 
 __all__ = [
     "Lines",
     "bad_line",
     "blocks",
+    "csv_reader",
     "csv_table",
     "floats",
     "head_of",
     "integers",
+    "no_search_for_cycles",
     "numbers",
     "objects",
     "parsed",
@@ -47,7 +51,7 @@ class Lines:
 
     Attributes:
         path: the file. text: the lines, without their ends.
-        number_N: line numbers, from 1. offset_N: byte offsets. end: byte offset behind the last.
+        number_N: line numbers, from 1. offset_N: byte offsets in the plain text. end: byte offset behind the last.
     """
 
     path: Path
@@ -66,21 +70,20 @@ class Lines:
 
 
 def blocks(path: Path, *, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[Lines]:
-    """The lines of a file, some megabytes at a time.
+    """The lines of a file, some megabytes at a time; see :mod:`._streams` for what a file may be wrapped in.
 
     Args:
         path: the file. start: offset of a line's first byte. stop: offset behind the last line's last byte, None for
             the end of the file. line: number of the first line.
 
     Raises:
-        SpecmoeError: a line is too long for a text file.
+        SpecmoeError: a line is too long for a text file, or packed text is damaged.
     """
-    with path.open("rb") as stream:
-        stream.seek(start)
-        rest, offset = b"", start
+    with open_text(path, start) as stream:
+        rest, offset, left = b"", start, None if stop is None else stop - start
         while True:
-            size = _BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - stream.tell())
-            chunk = stream.read(size)
+            chunk = stream.read(_BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left))
+            left = None if left is None else left - len(chunk)
             cut = chunk.rfind(b"\n") + 1
             if chunk and not cut:
                 rest += chunk
@@ -204,8 +207,15 @@ def csv_table(
         raise SpecmoeError(f"{path} has no line that names its columns")
 
 
+def csv_reader(lines: Iterable[str], delimiter: str = ",") -> Any:
+    """``csv.reader`` for fields of any length that a line may have; vectors of numbers exceed its own limit."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
 @contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
+def no_search_for_cycles() -> Iterator[None]:
+    """Keep the collector from searching many new objects, which takes as long again as making them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -223,8 +233,8 @@ def objects(lines: Lines) -> list[dict[str, Any]]:
     """
 
     def parse(text: list[bytes]) -> list[dict[str, Any]]:
-        # All at once takes half the time, but only while nothing looks for cycles among so many new objects.
-        with _no_search_for_cycles():
+        # All at once takes half the time.
+        with no_search_for_cycles():
             found = json.loads(b"[" + b",".join(text) + b"]")
         if len(found) != len(text) or not all(isinstance(entry, dict) for entry in found):
             raise ValueError
@@ -267,10 +277,13 @@ def refuse_cut(path: Path) -> None:
     Raises:
         SpecmoeError: the file does not end with a line break.
     """
-    with path.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - 1))
-        if size and stream.read(1) != b"\n":
+    with open_text(path) as stream:
+        if stream.seekable():
+            stream.seek(max(0, stream.seek(0, 2) - 1))
+        last = b""
+        while chunk := stream.read(_BLOCK_BYTES):
+            last = chunk[-1:]
+        if last not in {b"", b"\n"}:
             raise SpecmoeError(
                 f"{path} was cut short: its last line has no end; delete that line, or end it if it is whole"
             )
@@ -281,7 +294,6 @@ def head_of(path: Path, head: bytes, *suffixes: str) -> bytes:
     if not path.is_dir():
         return head
     try:
-        with files_of(path, *suffixes)[0].open("rb") as stream:
-            return stream.read(_HEAD_BYTES)
+        return first_bytes(files_of(path, *suffixes)[0], _HEAD_BYTES)
     except (SpecmoeError, OSError):
         return b""

@@ -7,7 +7,7 @@ up. ``docs/trace-formats.md`` has a field table for every importer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ __all__ = [
 
 # What stands in ``token_ids`` where a format does not say which token it was.
 UNKNOWN_TOKEN = -1
+# Files that are read as text, and so may be packed with gzip.
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".trace", ".log", ".route")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ImportOptions:
         axes: names of the axes of arrays of experts, in order; see :mod:`specmoe.sources.importers.axes`. None to take
             them for tokens, layers, k, unless the number of tokens says otherwise.
         group_by: what documents are grouped by, a field or ``file`` or ``folder``; None to let the importer tell.
+        columns: for the format ``rows``: what a column holds → its name in the file.
     """
 
     model_id: str = "unknown"
@@ -54,6 +57,7 @@ class ImportOptions:
     experts_per_layer: tuple[int, ...] | None = None
     axes: tuple[str, ...] | None = None
     group_by: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,17 @@ def topology_of(
 def files_of(path: Path, *suffixes: str) -> list[Path]:
     """``path`` itself, or the files with one of ``suffixes`` anywhere below it, sorted by name.
 
+    Behind a suffix of text files, ``.gz`` may follow.
+
     Raises:
         SpecmoeError: there is none.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(suffixes))
+    packed = tuple(f"{suffix}.gz" for suffix in suffixes if suffix in _TEXT_SUFFIXES)
+    found = sorted(
+        file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith((*suffixes, *packed))
+    )
     if not found:
         raise SpecmoeError(f"{path} holds no {' or '.join(suffixes)} file")
     return found

@@ -20,6 +20,7 @@ import numpy as np
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers._rows import Entries, Oddities, Placed, Survey, document_name, in_range
+from specmoe.sources.importers._streams import first_bytes, open_text
 from specmoe.sources.importers._text import Lines, bad_line, blocks, csv_table, head_of, numbers, refuse_cut
 from specmoe.sources.importers.base import (
     ForeignTrace,
@@ -107,7 +108,7 @@ def _read_run(file: Path) -> _Run:
 
 
 def _form_of(file: Path) -> Callable[[Path], _Run]:
-    with file.open("rb") as stream:
+    with open_text(file) as stream:
         first = stream.readline(1 << 16).strip()
     if first == _HEADER:
         return _with_ranks
@@ -170,8 +171,7 @@ def _token_ids(file: Path, token_T: np.ndarray) -> np.ndarray | None:
 
 
 def _is_token_file(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.readline(1 << 10).strip() == _TOKENS_HEADER
+    return first_bytes(file, 1 << 10).split(b"\n", 1)[0].strip() == _TOKENS_HEADER
 
 
 # --- pos,layer,id0,id1,... -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers._rows import Entries, Placed, Survey, document_name
+from specmoe.sources.importers._streams import bare_name
 from specmoe.sources.importers._text import Lines, bad_line, blocks, head_of, integers, objects, parsed
 from specmoe.sources.importers.base import (
     UNKNOWN_TOKEN,
@@ -141,7 +142,7 @@ def _width(files: list[Path], contents: _Contents, name: str, warnings: list[str
 
 
 def _beside(file: Path, sidecar: str) -> Path | None:
-    rank = file.stem.rpartition("rank")[2]
+    rank = Path(bare_name(file)).stem.rpartition("rank")[2]
     place = file.with_name(sidecar.format(rank))
     return place if rank.isdigit() and place.is_file() else None
 

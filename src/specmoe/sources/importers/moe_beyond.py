@@ -7,6 +7,7 @@ of github.com/ngavhane/moe-beyond.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ import torch
 
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers._rows import Entries, Survey, document_name
-from specmoe.sources.importers._text import bad_line, floats, head_of, integers
+from specmoe.sources.importers._streams import open_text
+from specmoe.sources.importers._text import bad_line, csv_reader, floats, head_of, integers
 from specmoe.sources.importers.base import (
     ForeignTrace,
     ImportedDocument,
@@ -94,7 +96,7 @@ def read(path: Path, options: ImportOptions) -> ForeignTrace:
 
 def _hidden_size(file: Path) -> int:
     """Width of the vectors in the file's first row, 0 if it has no column of them."""
-    with file.open("rb") as stream:
+    with open_text(file) as stream:
         head = stream.read(1 << 16).splitlines()
     names = head[0].decode(errors="replace").split(",") if head else []
     if names[: len(_COLUMNS)] != _COLUMNS or names[len(_COLUMNS) :] not in ([], [_HIDDEN]):
@@ -106,8 +108,8 @@ def _hidden_size(file: Path) -> int:
 
 def _chunks(file: Path, width: int | None, at_once: int = _ROWS_AT_ONCE) -> Iterator[_Chunk]:
     """Rows, some at a time; vectors of ``width``, of any width if that is None, or none if it is 0."""
-    with file.open(encoding="utf-8", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+    with io.TextIOWrapper(open_text(file), encoding="utf-8", newline="") as stream:
+        reader = csv_reader(stream)
         try:
             columns = len(next(reader, []))
             while rows := list(islice(((reader.line_num, row) for row in reader if row), at_once)):

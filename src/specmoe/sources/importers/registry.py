@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
@@ -18,24 +17,28 @@ from specmoe.sources.importers import (
     moe_beyond,
     npz,
     problem_jsonl,
+    rl_rollouts,
     routed_experts,
     routed_responses,
     safetensors_set,
     sglang_recorder,
+    table_rows,
 )
+from specmoe.sources.importers._streams import first_bytes, scratch
 from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
 from specmoe.sources.importers.cleaning import Cleaning
 from specmoe.trace import Manifest, Source, TraceWriter
 
 __all__ = ["IMPORTERS", "import_trace", "recognise"]
 
-# Recognised in this order: the strictest first.
+# Recognised in this order: the strictest first, the general one last.
 IMPORTERS: dict[str, Importer] = {
     module.IMPORTER.name: module.IMPORTER
     for module in (
         npz,
         sglang_recorder,
         flame_moe,
+        rl_rollouts,
         safetensors_set,
         routed_experts,
         routed_responses,
@@ -46,6 +49,7 @@ IMPORTERS: dict[str, Importer] = {
         problem_jsonl,
         colibri_route_trace,
         llama_moe_trace,
+        table_rows,
     )
 }
 
@@ -61,25 +65,17 @@ def recognise(path: Path) -> Importer:
     head = b""
     try:
         if not path.is_dir():
-            with path.open("rb") as stream:
-                head = _unpacked(stream.read(_HEAD_BYTES))
+            head = first_bytes(path, _HEAD_BYTES)
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
     for importer in IMPORTERS.values():
         if importer.recognises(path, head):
             return importer
     _refuse_impostors(_below(path))
-    raise SpecmoeError(f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}")
-
-
-def _unpacked(head: bytes) -> bytes:
-    """The first bytes of what is in a gzip file; other files' as they are."""
-    if not head.startswith(b"\x1f\x8b"):
-        return head
-    try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, _HEAD_BYTES)
-    except zlib.error:
-        return head
+    raise SpecmoeError(
+        f"{path} is of no known format; name one with --format: {', '.join(IMPORTERS)}; "
+        "or, of a table, the columns with --map"
+    )
 
 
 def import_trace(
@@ -109,7 +105,7 @@ def import_trace(
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
     try:
-        return _imported(path, out, format, options, on_progress)
+        return _imported(path, out, format, options or ImportOptions(), on_progress)
     except SpecmoeError as error:
         # Whatever an importer says of a file that is none, this says more; of an empty one it may say more itself.
         _refuse_impostors(file for file in _below(path) if file.name in str(error) and file.stat().st_size)
@@ -126,33 +122,43 @@ def _refuse_impostors(files: Iterable[Path]) -> None:
             raise SpecmoeError(f"{file} {found}")
 
 
+def _importer(path: Path, format: str | None, options: ImportOptions) -> Importer:
+    """The one that is named or recognised, if it heeds the options that not all do."""
+    if options.columns:
+        format = format or table_rows.IMPORTER.name
+        if format != table_rows.IMPORTER.name:
+            raise SpecmoeError(f"--map goes with --format {table_rows.IMPORTER.name}, not with {format}")
+    importer = IMPORTERS[format] if format is not None else recognise(path)
+    if options.axes is not None and not importer.takes_axes:
+        able = ", ".join(name for name, other in IMPORTERS.items() if other.takes_axes)
+        raise SpecmoeError(f"--axes is for arrays ({able}); {importer.name} says itself what its numbers are")
+    if options.group_by is not None and not importer.group_by:
+        able = ", ".join(other.name for other in IMPORTERS.values() if other.group_by)
+        raise SpecmoeError(f"--group-by is not possible for {importer.name}; it is for {able}")
+    return importer
+
+
 def _imported(
     path: Path,
     out: Path,
     format: str | None,
-    options: ImportOptions | None,
+    options: ImportOptions,
     on_progress: Callable[[int, int | None], None],
 ) -> list[str]:
-    importer = IMPORTERS[format] if format is not None else recognise(path)
+    importer = _importer(path, format, options)
     try:
-        options = options or ImportOptions()
-        if options.axes is not None and not importer.takes_axes:
-            able = ", ".join(name for name, other in IMPORTERS.items() if other.takes_axes)
-            raise SpecmoeError(f"--axes is for arrays ({able}); {importer.name} says itself what its numbers are")
-        if options.group_by is not None and not importer.group_by:
-            able = ", ".join(other.name for other in IMPORTERS.values() if other.group_by)
-            raise SpecmoeError(f"--group-by is not possible for {importer.name}; it is for {able}")
-        try:
-            foreign = importer.read(path, options)
-        except SpecmoeError as error:
-            if str(path) in str(error):
-                raise
-            raise SpecmoeError(f"{path}: {error}") from error
-        try:
-            _write(foreign, _manifest(foreign, importer, path, options), out, on_progress)
-        finally:
-            if isinstance(foreign.documents, Generator):
-                foreign.documents.close()  # with the files that it has open
+        with scratch(out):
+            try:
+                foreign = importer.read(path, options)
+            except SpecmoeError as error:
+                if str(path) in str(error):
+                    raise
+                raise SpecmoeError(f"{path}: {error}") from error
+            try:
+                _write(foreign, _manifest(foreign, importer, path, options), out, on_progress)
+            finally:
+                if isinstance(foreign.documents, Generator):
+                    foreign.documents.close()  # with the files that it has open
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror or error}") from error
     return foreign.warnings

@@ -6,16 +6,15 @@ Any of them may be gzip-compressed and begin with a byte order mark.
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from specmoe.errors import SpecmoeError
+from specmoe.sources.importers._streams import open_text
 
 __all__ = ["Found", "found_in", "mentions"]
 
@@ -51,7 +50,7 @@ def found_in(file: Path) -> Iterator[Found]:
     Raises:
         SpecmoeError: something is no JSON, or too long; the error names the line.
     """
-    with _opened(file) as stream:
+    with open_text(file) as stream:
         line, number = b"", 0
         while not line.strip():
             number += 1
@@ -73,7 +72,7 @@ def found_in(file: Path) -> Iterator[Found]:
                 number += 1
                 line = _line(stream, number)
             return
-    with _opened(file) as stream:
+    with open_text(file) as stream:
         yield from _indented(stream)
 
 
@@ -82,19 +81,6 @@ def _values_of(value: Any, line: int) -> Iterator[Found]:
         yield from (Found(line, part, place) for place, part in enumerate(value))
     else:
         yield Found(line, value)
-
-
-def _opened(file: Path) -> IO[bytes]:
-    with file.open("rb") as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-    opened = cast(IO[bytes], gzip.open(file) if packed else file.open("rb"))  # noqa: SIM115
-    try:
-        if opened.read(3) != codecs.BOM_UTF8:
-            opened.seek(0)
-    except BaseException:
-        opened.close()
-        raise
-    return opened
 
 
 def _line(stream: IO[bytes], number: int) -> bytes:
@@ -257,7 +243,7 @@ def mentions(file: Path, *alternatives: tuple[bytes, ...]) -> bool:
     overlap = max(len(word) for words in alternatives for word in words) - 1
     missing, rest = list(alternatives), b""
     try:
-        with _opened(file) as stream:
+        with open_text(file) as stream:
             for searched in range(0, _MOST_SEARCHED, _CHUNK):
                 chunk = stream.read(_CHUNK)
                 if not chunk or (searched == 0 and not _STARTS.match(chunk)):
@@ -267,6 +253,6 @@ def mentions(file: Path, *alternatives: tuple[bytes, ...]) -> bool:
                 if not missing:
                     return True
                 rest = window[-overlap:]
-    except (OSError, EOFError, zlib.error):
+    except (OSError, SpecmoeError):
         pass
     return False

@@ -18,14 +18,31 @@ import numpy as np
 from specmoe.errors import SpecmoeError
 from specmoe.sources.importers.restricted_pickle import load_with_storages
 
-__all__ = ["is_torch_archive", "load_torch"]
+__all__ = ["is_torch_archive", "load_torch", "pickle_holds"]
 
+# Names of fields stand where they are first used, so near the front.
+_SEARCHED_BYTES = 64 << 20
 _LOCAL_HEADER_BYTES = 30
 
 
 def is_torch_archive(path: Path, head: bytes) -> bool:
     """Whether a file looks like one that ``torch.save`` wrote, by its name and first bytes."""
     return path.suffix.lower() in {".pt", ".pth"} and head.startswith(b"PK\x03\x04")
+
+
+def pickle_holds(path: Path, *words: str) -> bool:
+    """Whether the pickle in a file of ``torch.save`` mentions one of ``words``; false for a damaged file.
+
+    It is not unpickled: arrays of numpy are part of it, so it may be as large as the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = info.header_offset + min(info.file_size + (1 << 10), _SEARCHED_BYTES)
+            return any(content.find(word.encode(), info.header_offset, end) >= 0 for word in words)
+    except Exception:  # a damaged archive can raise anything
+        return False
 
 
 def load_torch(path: Path) -> Any:
