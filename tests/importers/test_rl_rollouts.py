@@ -30,13 +30,20 @@ def refused(path: Path, words: str) -> None:
     assert str(caught.value).count(str(path)) == 1
 
 
+def few_prompts(requests: int) -> str:
+    return (
+        f"the {requests} requests answer or continue only 2 distinct prompt(s), too few for a split that keeps copies "
+        "together; --group-by groups them otherwise"
+    )
+
+
 def test_a_dump_of_samples(tmp_path: Path) -> None:
     path = rollouts(tmp_path)
     assert recognise(path).name == "rl-rollouts"
     trace, warnings = imported(path, tmp_path / "trace")
     assert [document.doc_id for document in trace.documents] == [f"rollout_0/{index}" for index in range(4)]
     assert [document.group for document in trace.documents] == ["prompt-0", "prompt-0", "prompt-1", "prompt-1"]
-    assert warnings == ["layers [0] hold one id throughout, as dense layers do, and were left out"]
+    assert warnings == ["layers [0] hold one id throughout, as dense layers do, and were left out", few_prompts(4)]
     assert trace.manifest.source.settings["layers"] == list(range(1, LAYERS + 1))
     for index in range(4):
         prompt, response = 4 + index // 2, 3 + index
@@ -97,7 +104,7 @@ def test_a_padded_batch(tmp_path: Path, suffix: str) -> None:
     path = saved(tmp_path, suffix, padded(PROMPTS, RESPONSES))
     assert recognise(path).name == "rl-rollouts"
     trace, warnings = imported(path, tmp_path / "trace")
-    assert warnings == []
+    assert warnings == [few_prompts(3)]
     assert trace.topology.top_k == TOP_K
     # The first and the third sample have the same prompt.
     assert [document.group for document in trace.documents] == ["prompt-0", "prompt-1", "prompt-0"]
@@ -151,9 +158,10 @@ def test_routing_of_real_rows_is_not_taken_for_padding(tmp_path: Path) -> None:
     trace, _ = imported(saved(tmp_path, ".npz", {"routed_experts": ids}), tmp_path / "trace")
     assert len(trace.read(0)) == 9
     ids = ids_of(9)[None].copy()
-    ids[0, 4] = 0  # not at an end
-    trace, _ = imported(saved(tmp_path, ".npz", {"routed_experts": ids}), tmp_path / "inner")
-    assert len(trace.read(0)) == 9
+    ids[0, 4] = 0  # not at an end, but expert 0 in three slots is no router's choice
+    trace, warnings = imported(saved(tmp_path, ".npz", {"routed_experts": ids}), tmp_path / "inner")
+    assert len(trace.read(0)) == 8
+    assert any("expert 0 in every slot" in warning for warning in warnings)
 
 
 def test_a_tools_tokens_within_a_response_are_read_by_the_model(tmp_path: Path) -> None:

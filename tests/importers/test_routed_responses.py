@@ -318,7 +318,7 @@ def test_every_form_may_be_packed(tmp_path: Path, build: Any) -> None:
 def test_a_packed_file_that_was_cut(tmp_path: Path) -> None:
     path = packed(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
-    refused(path, "damaged or of another format")
+    refused(path, "was cut short")
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
@@ -363,9 +363,10 @@ def test_texts_are_no_responses(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "about routed_experts and choices"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": [], "routed_experts": [[[1]]]}\n')
     (tmp_path / "c.csv").write_text('x,"routed_experts","choices"\n')
-    for name in ("a.jsonl", "b.jsonl", "c.csv"):
+    for name in ("a.jsonl", "c.csv"):
         with pytest.raises(SpecmoeError, match="no known format"):
             recognise(tmp_path / name)
+    assert recognise(tmp_path / "b.jsonl").name == "rows"  # a table with a column of experts
 
 
 def test_requests_that_failed_are_counted(tmp_path: Path) -> None:
