@@ -56,11 +56,10 @@ def _load(
 ) -> None:
     """``held_N``: units of each expert that are there; zero at the beginning."""
     for event in range(len(starts_V) - 1):
-        units = state.units_L[event % state.layers]
         group = 0
         for access in range(starts_V[event], starts_V[event + 1]):
             key = keys_M[access]
-            group = state.keys[key].group
+            group, units = state.keys[key].group, state.keys[key].units
             state.keys[key].next_use = next_use_M[access]
             loaded_V[event] += units - held_N[key]
             state.caches[group].size += units - held_N[key]

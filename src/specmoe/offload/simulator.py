@@ -237,6 +237,8 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
     device = make_tier(
         POLICIES[machine.policy].number, topology, capacities(machine, demand), links[-1], machine.expert_bytes
     )
+    device.copies["first_token"] = np.repeat(cost.expert_L(topology.layers), topology.experts)
+    device.copies["token"] = np.repeat(cost.token_L(topology.layers), topology.experts)
     device.cache.keys["next_use"][: len(demand.first_use)] = demand.first_use
     host = device
     if machine.tiers == 3:
@@ -256,8 +258,6 @@ def simulate(demand: Demand, machine: Machine, run: Run | None = None, *, spans:
     times = Times(
         cost.layer_seconds,
         cost.token_layer_seconds,
-        cost.expert_L(topology.layers),
-        cost.token_L(topology.layers),
         cost.other_seconds,
         run.seconds,
     )
@@ -341,6 +341,9 @@ def compute_seconds(demand: Demand, cost: StepCost) -> float:
     outside = demand.steps * cost.other_seconds + layers * (
         demand.steps * cost.layer_seconds + float((tokens_J - 1).sum()) * cost.token_layer_seconds
     )
+    if cost.expert_seconds_by_layer is None and cost.token_seconds_by_layer is None:
+        extra = float(demand.tokens_M.sum()) - demand.accesses
+        return outside + demand.accesses * cost.expert_seconds + extra * cost.token_seconds
     accesses_L, further_L = (counts_V.reshape(-1, layers).sum(0) for counts_V in _work(demand))
     return outside + float(accesses_L @ cost.expert_L(layers) + further_L @ cost.token_L(layers))
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from specmoe.offload.compiled import inlined
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
-__all__ = ["link", "oldest_unpinned", "push", "remove", "sentinel_of", "units_of", "unlink"]
+__all__ = ["link", "oldest_unpinned", "push", "remove", "sentinel_of", "unlink"]
 
 
 @inlined()
 def sentinel_of(state: PolicyState, group: int, queue: int) -> int:
     """Where a queue begins and ends."""
     return state.experts + group * QUEUES + queue
-
-
-@inlined()
-def units_of(state: PolicyState, key: int) -> int:
-    """What a key takes of its cache's capacity."""
-    units_L: Any = state.units_L
-    return units_L[state.keys[key].layer]
 
 
 @inlined()
@@ -47,14 +38,14 @@ def push(state: PolicyState, key: int, queue: int) -> None:
     group = state.keys[key].group
     link(state, key, sentinel_of(state, group, queue))
     state.keys[key].queue = queue
-    state.lengths_GQ[group, queue] += units_of(state, key)
+    state.lengths_GQ[group, queue] += state.keys[key].units
 
 
 @inlined()
 def remove(state: PolicyState, key: int) -> None:
     """Take a key out of the queue that it is in."""
     unlink(state, key)
-    state.lengths_GQ[state.keys[key].group, state.keys[key].queue] -= units_of(state, key)
+    state.lengths_GQ[state.keys[key].group, state.keys[key].queue] -= state.keys[key].units
     state.keys[key].queue = -1
 
 

@@ -9,7 +9,7 @@ segment does not stay in it.
 from __future__ import annotations
 
 from specmoe.offload.compiled import inlined
-from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of, units_of
+from specmoe.offload.policies.queues import oldest_unpinned, push, remove, sentinel_of
 from specmoe.offload.policies.state import QUEUES, PolicyState
 
 __all__ = ["hit", "insert", "victim"]
@@ -23,12 +23,12 @@ def hit(state: PolicyState, key: int, now: int) -> None:
     remove(state, key)
     push(state, key, segment)
     most = state.caches[group].capacity // QUEUES
-    while segment > 0:
-        while state.lengths_GQ[group, segment] > most:
-            oldest = state.keys[sentinel_of(state, group, segment)].previous
-            remove(state, oldest)
-            push(state, oldest, segment - 1)
-        segment -= 1
+    while segment > 0 and state.lengths_GQ[group, segment] > most:
+        oldest = state.keys[sentinel_of(state, group, segment)].previous
+        remove(state, oldest)
+        push(state, oldest, segment - 1)
+        if state.lengths_GQ[group, segment] <= most:
+            segment -= 1
 
 
 @inlined()
@@ -38,7 +38,7 @@ def insert(state: PolicyState, key: int, now: int) -> None:
     most = state.caches[group].capacity // QUEUES
     chosen = 0
     for segment in range(QUEUES):
-        if state.lengths_GQ[group, segment] + units_of(state, key) <= most:
+        if state.lengths_GQ[group, segment] + state.keys[key].units <= most:
             chosen = segment
             break
     push(state, key, chosen)

@@ -53,12 +53,15 @@ COPY = np.dtype(
         ("chance", "f8"),
         ("due", "i8"),
         ("evicted", "i8"),
+        ("seconds", "f8"),
+        ("first_token", "f8"),
+        ("token", "f8"),
         ("waits", "i4"),
         ("unused", "?"),
     ],
     align=True,
 )
-WAIT = np.dtype([("due", "i8"), ("chance", "f8"), ("ready", "f8"), ("key", "i4")], align=True)
+WAIT = np.dtype([("due", "i8"), ("chance", "f8"), ("ready", "f8"), ("seconds", "f8"), ("key", "i4")], align=True)
 
 
 class Tier(NamedTuple):
@@ -74,11 +77,12 @@ class Tier(NamedTuple):
         cache: the policy's state.
         copies: records [N]. chance, due: as foreseen last, and for which event. arrival: when a prefetch under way
             arrives, inf for none. evicted: the event at which a prefetch pushed the expert out, negative for none.
-            unused: brought by a prefetch and not needed since. waits: where it stands in the queue, negative for
-            nowhere.
-        waiting: records, the queue. due: event it is for. chance: of being needed. ready: when it may start. key.
+            seconds: in which it passes the bus. first_token, token: in which it computes one token, and each further
+            one; on the device only. unused: brought by a prefetch and not needed since. waits: where it stands in the
+            queue, negative for nowhere.
+        waiting: records, the queue. due: event it is for. chance: of being needed. ready: when it may start. seconds:
+            in which it passes the bus. key.
         slots: float64 [parallelism], when each slot is free. flying: int32, the experts under way.
-        seconds_L: float64, in which an expert of each layer passes the bus.
         counts: int64 [2, L, len(COUNTS)], prefill and decode.
     """
 
@@ -88,7 +92,6 @@ class Tier(NamedTuple):
     waiting: Records
     slots: Any
     flying: NDArray[np.int32]
-    seconds_L: NDArray[np.float64]
     counts: NDArray[np.int64]
 
 
@@ -121,6 +124,7 @@ def make_tier(
     own["soonest"] = NEVER
     copies = np.zeros(keys, dtype=COPY)
     copies["arrival"], copies["evicted"], copies["waits"] = np.inf, -1, -1
+    copies["seconds"] = (bytes_L(topology, expert_bytes) / link.bandwidth)[layer_N]
     return Tier(
         own=own,
         cache=make_state(group_N, layer_N, capacity_G, topology.layers, units_L(topology, expert_bytes)),
@@ -128,7 +132,6 @@ def make_tier(
         waiting=np.zeros(link.queue_depth, dtype=WAIT),
         slots=np.zeros(link.parallelism),
         flying=np.zeros(keys, dtype=np.int32),
-        seconds_L=bytes_L(topology, expert_bytes) / link.bandwidth,
         counts=np.zeros((2, topology.layers, len(COUNTS)), dtype=np.int64),
     )
 

@@ -37,8 +37,9 @@ __all__ = ["run_timeline"]
 @compiled()
 def _fetch(world: World, key: int, begin: float, event: int, phase: int) -> float:
     """Bring an expert that is needed now to the device, which has room: when it is there."""
-    host, layer = world.host, world.device.cache.keys[key].layer
+    host = world.host
     if world.tiers == 3:
+        layer = host.cache.keys[key].layer
         if host.cache.keys[key].resident:
             use_host_copy(host, key, event, phase)
         elif host.copies[key].arrival < np.inf:
@@ -76,11 +77,15 @@ def _fetch_all(world: World, start: int, stop: int, event: int, phase: int, begi
 
 
 @compiled()
-def _computing(world: World, layer: int, first: int, stop: int) -> float:
-    """Seconds in which the experts of some accesses to a layer compute."""
-    seconds, expert, token = 0.0, world.times.expert_L[layer], world.times.token_L[layer]
-    for access in range(first, stop):
-        seconds += expert + (world.stream.tokens_M[access] - 1) * token
+def _computing(world: World, first: int, stop: int) -> float:
+    """Seconds in which the experts of some accesses of one event compute."""
+    seconds = 0.0
+    if first < stop:
+        # All of one layer, and so alike.
+        own = world.device.copies[world.stream.keys_M[first]]
+        expert, token = own.first_token, own.token
+        for access in range(first, stop):
+            seconds += expert + (world.stream.tokens_M[access] - 1) * token
     return seconds
 
 
@@ -99,7 +104,7 @@ def _serve(
     cache, keys, copies, counts, own = device.cache, device.cache.keys, device.copies, device.counts, device.own
     start, stop = starts_V[event], starts_V[event + 1]
     cache.clock[0].stamp += 1
-    stamp, misses, fetched = cache.clock[0].stamp, 0, 0
+    stamp, misses, fetched, used, late = cache.clock[0].stamp, 0, 0, 0, 0
     for access in range(start, stop):
         key = keys_M[access]
         keys[key].pinned = stamp
@@ -112,10 +117,9 @@ def _serve(
     for access in range(stop - 1, start - 1, -1):
         key = keys_M[access]
         if not missing_E[access - start]:
-            counts[phase, layer, HITS] += 1
             if copies[key].unused:
                 copies[key].unused = False
-                counts[phase, layer, USED] += 1
+                used += 1
                 world.own[0].kept += 1
             # A wave may have let it go again; it has been used all the same.
             if keys[key].resident:
@@ -129,7 +133,7 @@ def _serve(
                 ready = max(ready, copies[key].arrival)
                 arrived(device, key, event)
             copies[key].unused = False
-            counts[phase, layer, LATE] += 1
+            late += 1
             world.own[0].kept += 1
             continue
         begin = make_room(device, key, event, phase, now)
@@ -138,7 +142,7 @@ def _serve(
             ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
             record(world.log, STALL, 0, layer, event, now, ready)
             waited += ready - now
-            now = ready + _computing(world, layer, access + 1, computed)
+            now = ready + _computing(world, access + 1, computed)
             record(world.log, EXPERTS, 0, layer, event, ready, now)
             computed, ready = min(computed, access + 1), now
             cache.clock[0].stamp += 1
@@ -148,7 +152,6 @@ def _serve(
         begin_E[access - start] = begin
         keys[key].resident = True
         insert(own[0].policy, cache, key, event)
-        counts[phase, layer, MISSES] += 1
         fetched += 1
         if copies[key].evicted >= 0:
             if event - copies[key].evicted <= lifetime(device, world.own):
@@ -156,6 +159,10 @@ def _serve(
             copies[key].evicted = -1
     ready = max(ready, _fetch_all(world, start, stop, event, phase, begin_E))
     counts[phase, layer, ACCESSES] += stop - start
+    counts[phase, layer, HITS] += stop - start - misses
+    counts[phase, layer, USED] += used
+    counts[phase, layer, LATE] += late
+    counts[phase, layer, MISSES] += fetched
     seen = world.own[0]
     seen.miss_chance += ((1.0 if misses else 0.0) - seen.miss_chance) * FOLLOW
     seen.misses += (misses - seen.misses) * FOLLOW
@@ -223,7 +230,7 @@ def run_timeline(
 
             if waited > 0:
                 record(log, STALL, 0, layer, event, router, ready)
-            now = ready + _computing(world, layer, stream.starts_V[event], computed)
+            now = ready + _computing(world, stream.starts_V[event], computed)
             record(log, EXPERTS, 0, layer, event, ready, now)
             stall_J[step] += waited
         end_J[step] = now

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from specmoe.offload.compiled import compiled
-from specmoe.offload.policies.queues import units_of
+from specmoe.offload.compiled import compiled, inlined
 from specmoe.offload.simulation.state import (
     CANCELLED,
     EVICTIONS,
@@ -44,7 +43,7 @@ def free_slot(tier: Tier) -> int:
 @compiled()
 def transfer(tier: Tier, key: int, ready: float) -> tuple[float, float]:
     """Send an expert that may start at ``ready``: when its transfer begins and ends."""
-    link, seconds = tier.own[0], tier.seconds_L[tier.cache.keys[key].layer]
+    link, seconds = tier.own[0], tier.copies[key].seconds
     slot = free_slot(tier)
     begin = max(ready, tier.slots[slot])
     end = max(begin + link.latency, link.bus) + seconds
@@ -94,7 +93,7 @@ def evict(tier: Tier, key: int, phase: int) -> None:
     """``key``, which its policy has given up, is gone."""
     layer = tier.cache.keys[key].layer
     tier.cache.keys[key].resident = False
-    tier.cache.caches[tier.cache.keys[key].group].size -= tier.cache.units_L[layer]
+    tier.cache.caches[tier.cache.keys[key].group].size -= tier.cache.keys[key].units
     tier.own[0].held -= 1
     tier.counts[phase, layer, EVICTIONS] += 1
     tier.own[0].soonest = min(tier.own[0].soonest, tier.cache.keys[key].next_use)
@@ -106,16 +105,16 @@ def evict(tier: Tier, key: int, phase: int) -> None:
 @compiled()
 def occupy(tier: Tier, key: int) -> None:
     """An expert's place in its cache is taken, from the moment its transfer begins."""
-    tier.cache.caches[tier.cache.keys[key].group].size += units_of(tier.cache, key)
+    tier.cache.caches[tier.cache.keys[key].group].size += tier.cache.keys[key].units
     tier.own[0].held += 1
     tier.own[0].largest = max(tier.own[0].largest, tier.own[0].held)
 
 
-@compiled()
+@inlined()
 def lacks_room(tier: Tier, key: int) -> bool:
     """Whether something must leave an expert's cache before it can come."""
     cache = tier.cache.caches[tier.cache.keys[key].group]
-    return cache.size + units_of(tier.cache, key) > cache.capacity
+    return cache.size + tier.cache.keys[key].units > cache.capacity
 
 
 @compiled()
@@ -158,6 +157,7 @@ def forget(tier: Tier, place: int) -> None:
         waiting[place].due = waiting[last].due
         waiting[place].chance = waiting[last].chance
         waiting[place].ready = waiting[last].ready
+        waiting[place].seconds = waiting[last].seconds
         tier.copies[waiting[place].key].waits = place
     tier.own[0].waiting = last
 
@@ -190,6 +190,7 @@ def enqueue(tier: Tier, key: int, due: int, chance: float, ready: float, phase: 
     waiting[size].due = due
     waiting[size].chance = chance
     waiting[size].ready = ready
+    waiting[size].seconds = tier.copies[key].seconds
     tier.copies[key].waits = size
     tier.own[0].waiting = size + 1
 

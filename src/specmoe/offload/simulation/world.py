@@ -30,12 +30,13 @@ class Stream(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of computing, as in :class:`specmoe.offload.hardware.cost.StepCost`; ``prediction``: to make one."""
+    """Seconds of computing outside the experts, as in :class:`specmoe.offload.hardware.cost.StepCost`.
+
+    ``prediction``: to make one. What experts take stands with each of them, in the device's ``copies``.
+    """
 
     layer: float
     token_layer: float
-    expert_L: NDArray[np.float64]
-    token_L: NDArray[np.float64]
     other: float
     prediction: float
 
