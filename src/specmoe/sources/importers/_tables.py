@@ -165,8 +165,8 @@ def _joined(first: Lines, second: Lines) -> Lines:
 def _rows(lines: Lines, delimiter: str, width: int | None) -> list[list[str]]:
     def parse(text: list[bytes]) -> list[list[str]]:
         try:
-            with no_search_for_cycles():
-                rows = list(csv_reader(map(bytes.decode, text), delimiter))
+            with no_search_for_cycles(), csv_reader(map(bytes.decode, text), delimiter) as reader:
+                rows = list(reader)
         except Exception as error:  # csv.Error is of no kind that says so
             raise ValueError from error
         if len(rows) != len(text) or (width is not None and set(map(len, rows)) - {width}):

@@ -207,10 +207,15 @@ def csv_table(
         raise SpecmoeError(f"{path} has no line that names its columns")
 
 
-def csv_reader(lines: Iterable[str], delimiter: str = ",") -> Any:
-    """``csv.reader`` for fields of any length that a line may have; vectors of numbers exceed its own limit."""
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
-    return csv.reader(lines, delimiter=delimiter, strict=True)
+@contextmanager
+def csv_reader(lines: Iterable[str], delimiter: str = ",") -> Iterator[Any]:
+    """A ``csv.reader`` for fields of any length that a line may have; vectors of numbers exceed its own limit."""
+    # The limit is the whole process's.
+    before = csv.field_size_limit(_LONGEST_LINE)
+    try:
+        yield csv.reader(lines, delimiter=delimiter, strict=True)
+    finally:
+        csv.field_size_limit(before)
 
 
 @contextmanager

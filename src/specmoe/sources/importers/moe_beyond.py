@@ -108,8 +108,7 @@ def _hidden_size(file: Path) -> int:
 
 def _chunks(file: Path, width: int | None, at_once: int = _ROWS_AT_ONCE) -> Iterator[_Chunk]:
     """Rows, some at a time; vectors of ``width``, of any width if that is None, or none if it is 0."""
-    with io.TextIOWrapper(open_text(file), encoding="utf-8", newline="") as stream:
-        reader = csv_reader(stream)
+    with io.TextIOWrapper(open_text(file), encoding="utf-8", newline="") as stream, csv_reader(stream) as reader:
         try:
             columns = len(next(reader, []))
             while rows := list(islice(((reader.line_num, row) for row in reader if row), at_once)):
