@@ -21,8 +21,6 @@ from specmoe.trace import Trace
 
 __all__ = ["FinishedRun", "Member", "choose_members", "load_member", "members_of", "open_run", "seeds_of"]
 
-_GONE = "its weights are not, or no longer, those that were judged; run `specmoe train` again"
-
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -135,7 +133,9 @@ def members_of(run: FinishedRun, names: Sequence[str] | None = None) -> tuple[li
         if by_name[name].status == "ok" and seeds and name in PREDICTORS:
             members.append(_member(by_name[name], seeds))
             continue
-        left_out[name] = by_name[name].reason or _GONE
+        file = Job(name, by_name[name].seeds[0].seed).folder(run.folder) / MODEL if by_name[name].seeds else run.folder
+        gone = f"{file} no longer holds the weights that were judged; run `specmoe train` again"
+        left_out[name] = by_name[name].reason or gone
         if names:
             raise SpecmoeError(f"{name} cannot be a member: {left_out[name]}")
     members.sort(key=lambda member: -member.validation)
