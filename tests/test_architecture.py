@@ -13,7 +13,7 @@ ROOT = Path(specmoe.__file__).parent
 ORDER = [
     ("errors",),
     ("files", "topology"),
-    ("checkpoint",),
+    ("checkpoint", "threads"),
     ("trace",),
     ("sources",),
     ("dataset",),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from specmoe.errors import SpecmoeError
 from specmoe.files import atomic_path
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint", "save_tensors"]
 
 
 def save_checkpoint(path: Path, state: Any) -> None:
@@ -32,8 +32,28 @@ def save_checkpoint(path: Path, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
     text = json.dumps(tree)
+    save_tensors(tensors, path, {"tree": text, "sha256": _digest(text, tensors)})
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, facts: dict[str, str]) -> None:
+    """Write tensors and facts about them as safetensors, by an atomic rename; equal content gives equal bytes.
+
+    safetensors writes metadata in an order that changes from process to process, so it is put in order afterwards.
+
+    Raises:
+        SpecmoeError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"tree": text, "sha256": _digest(text, tensors)})
+        save_file(tensors, str(temporary), metadata=facts)
+        with temporary.open("r+b") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            # Were safetensors to write another form of JSON than this, its own would stay.
+            if len(text) <= length:
+                stream.seek(8)
+                stream.write(text.ljust(length))
 
 
 def load_checkpoint(path: Path) -> Any:

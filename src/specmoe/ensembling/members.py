@@ -16,12 +16,10 @@ from specmoe.predictors.base import Predictor
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import PredictorResult, Results
 from specmoe.suite.data import SuiteData, trace_fingerprint
-from specmoe.suite.jobs import Job, load_calibration, load_predictor
+from specmoe.suite.jobs import MODEL, Job, load_calibration, load_predictor, vouched
 from specmoe.trace import Trace
 
 __all__ = ["FinishedRun", "Member", "choose_members", "load_member", "members_of", "open_run", "seeds_of"]
-
-_MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ def open_run(folder: Path, trace: Path | None = None) -> FinishedRun:
         SpecmoeError: no results or no models there, no trace found, or another trace than the run's.
     """
     results = Results.load(folder / "results.json")
-    if not list(folder.glob(f"jobs/*/{_MODEL}")):
+    if not list(folder.glob(f"jobs/*/{MODEL}")):
         raise SpecmoeError(
-            f"{folder} holds results but no trained models (jobs/*/{_MODEL}); run `specmoe train` with --out {folder}"
+            f"{folder} holds results but no trained models (jobs/*/{MODEL}); run `specmoe train` with --out {folder}"
         )
     facts = results.trace
     if trace is None:
@@ -135,7 +133,9 @@ def members_of(run: FinishedRun, names: Sequence[str] | None = None) -> tuple[li
         if by_name[name].status == "ok" and seeds and name in PREDICTORS:
             members.append(_member(by_name[name], seeds))
             continue
-        left_out[name] = by_name[name].reason or "its weights are no longer in the run's folder"
+        file = Job(name, by_name[name].seeds[0].seed).folder(run.folder) / MODEL if by_name[name].seeds else run.folder
+        gone = f"{file} no longer holds the weights that were judged; run `specmoe train` again"
+        left_out[name] = by_name[name].reason or gone
         if names:
             raise SpecmoeError(f"{name} cannot be a member: {left_out[name]}")
     members.sort(key=lambda member: -member.validation)
@@ -159,7 +159,7 @@ def seeds_of(members: Sequence[Member]) -> tuple[int, ...]:
 
 def model_path(run: FinishedRun, job: Job) -> Path:
     """Where the weights of a run's job lie."""
-    return job.folder(run.folder) / _MODEL
+    return job.folder(run.folder) / MODEL
 
 
 def load_member(run: FinishedRun, job: Job) -> tuple[Predictor, Calibration]:
@@ -194,8 +194,12 @@ def _member(predictor: PredictorResult, seeds: tuple[int, ...]) -> Member:
 
 
 def _seeds_with_weights(folder: Path, predictor: PredictorResult) -> tuple[int, ...]:
+    """Seeds whose files are those that the results are about: not damaged, not replaced by another training's."""
     return tuple(
         seed.seed
         for seed in predictor.seeds
-        if seed.status == "ok" and (Job(predictor.name, seed.seed).folder(folder) / _MODEL).exists()
+        if seed.status == "ok"
+        and (kept := vouched(Job(predictor.name, seed.seed).folder(folder))) is not None
+        and MODEL in kept["files"]
+        and kept.get("result", {}).get("recall") == seed.model_dump(mode="json")["recall"]
     )

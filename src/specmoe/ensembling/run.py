@@ -37,6 +37,7 @@ from specmoe.predictors.base import Predictor
 from specmoe.results import METRIC_VERSION
 from specmoe.suite.data import SuiteData
 from specmoe.suite.jobs import Job, load_predictor, load_tally
+from specmoe.threads import one_thread
 from specmoe.training import EpochReport
 
 __all__ = ["ensemble"]
@@ -54,6 +55,7 @@ class Mixed:
     check: Check
 
 
+@one_thread()
 def ensemble(
     run: Path,
     out: Path,

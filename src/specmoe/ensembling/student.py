@@ -18,19 +18,31 @@ from specmoe.ensembling.blend import SavedBlend
 from specmoe.ensembling.members import FinishedRun
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.evaluation import Tally, evaluate
-from specmoe.files import atomic_path, read_json, write_json
+from specmoe.files import atomic_path
 from specmoe.predictors.recipes import values_of
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import METRIC_VERSION
 from specmoe.suite.data import SuiteData
-from specmoe.suite.jobs import Job, finished, job_fingerprint, load_tally, run_job, save_predictor
+from specmoe.suite.jobs import (
+    MODEL,
+    TALLY,
+    Job,
+    finished,
+    job_fingerprint,
+    load_tally,
+    publish,
+    retract,
+    run_job,
+    save_predictor,
+    vouched,
+)
+from specmoe.threads import one_thread
 from specmoe.training import TEACHER_SHARE, EpochReport, fit
 
 __all__ = ["choose_student", "taught", "teacher_of", "untaught"]
 
 # Where the trace has router inputs and routers, and where it has ids only.
 _STUDENTS = ("RouterResidualPredictor", "RouteHistoryPredictor")
-_TALLY = "tally.safetensors"
 
 
 def choose_student(data: SuiteData, name: str | None) -> str:
@@ -86,9 +98,8 @@ def untaught(
     """
     fingerprint = job_fingerprint(job, run.data)
     for root in (run.folder, out):
-        files = [job.folder(root) / name for name in ("model.safetensors", _TALLY)]
         done = finished(job, root, fingerprint)
-        if done is not None and done.status == "ok" and all(path.exists() for path in files):
+        if done is not None and done.status == "ok":
             break
     else:
         root, done = out, run_job(job, run.data, out, device=device, on_epoch=on_epoch)
@@ -97,6 +108,7 @@ def untaught(
     return Trained(job.folder(root), _tally(job, root), job)
 
 
+@one_thread()
 def taught(
     run: FinishedRun,
     job: Job,
@@ -114,7 +126,7 @@ def taught(
     folder = job.folder(root)
     parts = (job_fingerprint(job, data), teacher.facts["fingerprint"], TEACHER_SHARE, METRIC_VERSION)
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    if _is_done(folder, fingerprint):
+    if (kept := vouched(folder)) is not None and kept.get("fingerprint") == fingerprint and TALLY in kept["files"]:
         return Trained(folder, _tally(job, root), job)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"checkpoint-{fingerprint}.safetensors"
@@ -135,10 +147,12 @@ def taught(
         teacher=teacher_of(teacher),
         on_epoch=on_epoch,
     )
-    save_predictor(predictor, folder / "model.safetensors", fit_calibration(predictor, data.validation, device))
+    calibration = fit_calibration(predictor, data.validation, device)
     tally = evaluate(predictor, data.evaluated["test"], device, only_recall=True)
-    save_tally(tally, folder / _TALLY)
-    write_json(folder / "job.json", {"fingerprint": fingerprint, "recipe": values_of(predictor.recipe)})
+    retract(folder)
+    save_predictor(predictor, folder / MODEL, calibration)
+    save_tally(tally, folder / TALLY)
+    publish(folder, {"fingerprint": fingerprint, "recipe": values_of(predictor.recipe)})
     checkpoint.unlink(missing_ok=True)
     return Trained(folder, tally, job)
 
@@ -151,7 +165,7 @@ def save_tally(tally: Tally, path: Path, fingerprint: str = "") -> None:
 
 
 def _tally(job: Job, root: Path) -> Tally:
-    path = job.folder(root) / _TALLY
+    path = job.folder(root) / TALLY
     return read_tally(lambda: load_tally(job, root, "test"), path)
 
 
@@ -169,15 +183,6 @@ def read_tally(read: Callable[[], Tally | None], path: Path) -> Tally:
     if tally is None:
         raise SpecmoeError(f"{path} holds nothing of the test part; delete {path.parent} and make it again")
     return tally
-
-
-def _is_done(folder: Path, fingerprint: str) -> bool:
-    try:
-        return read_json(folder / "job.json").get("fingerprint") == fingerprint and all(
-            (folder / name).exists() for name in ("model.safetensors", _TALLY)
-        )
-    except (SpecmoeError, AttributeError):
-        return False
 
 
 def _is_readable(checkpoint: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -50,7 +51,7 @@ from specmoe.suite.jobs import Job, load_foreseen, load_predictor, load_tally
 from specmoe.trace import Trace
 from specmoe.trace.record import Phase
 
-__all__ = ["assemble", "made_now"]
+__all__ = ["assemble", "commit", "made_now"]
 
 # Kept by domain, by phase and by document; of the others the whole test part has to do.
 MAIN_METRICS = ("recall@K", "recall@2K", "coverage@K", "gate_mass@K", "cold_recall@K")
@@ -310,7 +311,7 @@ def made_now(seconds: float) -> Made:
     """Date, commit, command, versions and hardware of this process."""
     return Made(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit(),
         command=" ".join(["specmoe", *sys.argv[1:]]),
         versions={"specmoe": specmoe.__version__, "torch": torch.__version__, "python": platform.python_version()},
         hardware={
@@ -322,20 +323,24 @@ def made_now(seconds: float) -> Made:
     )
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parent
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout that this package runs from; the version where it is installed otherwise.
+
+    Never fatal and asked once, before the work that it is recorded with. A repository that merely holds the environment
+    which specmoe is installed in is somebody else's.
+    """
+    package = Path(specmoe.__file__).resolve().parent
+    checkout = package.parents[1]
+    version = f"v{specmoe.__version__}"
+    if not (checkout / ".git").exists() or package != checkout / "src" / "specmoe":
+        return version
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return found.stdout.strip() or version
 
 
 def _processor() -> str:

@@ -16,6 +16,7 @@ from specmoe.results import Control, Interval
 from specmoe.suite.causality import TOLERANCE, largest_leak, probed_events, stretch_of
 from specmoe.suite.data import SuiteData, with_shuffled_hidden, with_shuffled_routing
 from specmoe.suite.synthetic_control import synthetic_controls
+from specmoe.threads import one_thread
 
 __all__ = ["causality_control", "controls_of", "routing_gap", "shuffled_gap", "true_router_recall"]
 
@@ -27,6 +28,7 @@ _SHUFFLED_TOKENS = 6000
 _PROBED_TOKENS = 32
 
 
+@one_thread()
 def controls_of(data: SuiteData, trained: Iterable[tuple[str, Predictor]] = ()) -> list[Control]:
     """Run every control that the trace allows.
 

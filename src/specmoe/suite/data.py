@@ -171,8 +171,16 @@ def _whole(trace: Trace, documents: Iterable[int]) -> Windows:
 
 
 def trace_fingerprint(trace: Trace) -> str:
-    """Hash of a trace's content: its topology and the checksums of its shards."""
-    content = (trace.topology.model_dump_json(), [shard.sha256 for shard in trace.manifest.shards])
+    """Hash of a trace's content: its topology, its documents' names, groups and checksums, and its routers.
+
+    How documents are put into shards is left out: a capture that is slower, or killed and continued, cuts them
+    elsewhere.
+    """
+    documents = [
+        (each.doc_id, each.domain, each.group, each.text_sha256, each.tokens, sorted(each.crc32.items()))
+        for each in trace.documents
+    ]
+    content = (trace.topology.model_dump_json(), documents, trace.manifest.routers_sha256)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 

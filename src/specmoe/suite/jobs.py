@@ -16,18 +16,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specmoe.calibration import Calibration, fit_calibration
-from specmoe.checkpoint import load_checkpoint
+from specmoe.checkpoint import load_checkpoint, save_tensors
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import Tally, evaluate
-from specmoe.files import atomic_path, read_json, write_json
+from specmoe.files import atomic_path, read_json, sha256_file, write_json
 from specmoe.metrics import budgets_of
 from specmoe.predictors.base import Predictor, parameter_count
 from specmoe.predictors.recipes import CHANGEABLE, kind_of, values_of
 from specmoe.results import METRIC_VERSION, Epoch, SeedResult
 from specmoe.suite.data import REPORTED, SuiteData
+from specmoe.threads import one_thread
 from specmoe.training import EpochReport, TrainingFailed, fit
 
-__all__ = ["Job", "finished", "job_fingerprint", "load_calibration", "load_predictor", "load_tally", "run_job"]
+__all__ = [
+    "MODEL",
+    "TALLY",
+    "Job",
+    "finished",
+    "job_fingerprint",
+    "load_calibration",
+    "load_predictor",
+    "load_tally",
+    "publish",
+    "retract",
+    "run_job",
+    "vouched",
+]
+
+MODEL, TALLY = "model.safetensors", "tally.safetensors"
+_VOUCHER = "job.json"
 
 
 @dataclass(frozen=True)
@@ -50,19 +67,48 @@ def job_fingerprint(job: Job, data: SuiteData) -> str:
 
 
 def finished(job: Job, out: Path, fingerprint: str) -> SeedResult | None:
-    """The result of a job that was done before under the same conditions, else None."""
-    path = job.folder(out) / "job.json"
-    if not path.exists():
+    """The result of a job that was done before under the same conditions, else None.
+
+    A job whose files are missing, damaged or another's is one that is not done.
+    """
+    content = vouched(job.folder(out))
+    if content is None or content.get("fingerprint") != fingerprint:
         return None
     try:
-        content = read_json(path)
-        if content.get("fingerprint") == fingerprint:
-            return SeedResult.model_validate(content["result"])
-    except (SpecmoeError, ValueError, KeyError, AttributeError):
+        result = SeedResult.model_validate(content["result"])
+    except (ValueError, KeyError):
         return None
-    return None
+    return result if result.status != "ok" or {MODEL, TALLY} <= content["files"].keys() else None
 
 
+def vouched(folder: Path) -> dict[str, Any] | None:
+    """What ``job.json`` says of a job's folder, if the files there are those that it was written for; else None."""
+    try:
+        content = read_json(folder / _VOUCHER)
+        files = content["files"]
+        same = all(sha256_file(folder / name) == checksum for name, checksum in files.items())
+    except (SpecmoeError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return content if same else None
+
+
+def publish(folder: Path, content: dict[str, Any]) -> None:
+    """Say that a job is done: the last thing it writes, with the checksums of what lies there.
+
+    Raises:
+        SpecmoeError: the disk is full.
+    """
+    files = {name: sha256_file(folder / name) for name in (MODEL, TALLY) if (folder / name).exists()}
+    write_json(folder / _VOUCHER, {**content, "files": files})
+
+
+def retract(folder: Path) -> None:
+    """Withdraw what was said of a job's files, before the first of them is replaced."""
+    for name in (_VOUCHER, MODEL, TALLY):
+        (folder / name).unlink(missing_ok=True)
+
+
+@one_thread()
 def run_job(
     job: Job,
     data: SuiteData,
@@ -100,7 +146,8 @@ def run_job(
         )
     except TrainingFailed as error:
         result = SeedResult(seed=job.seed, status="failed", reason=str(error))
-        write_json(folder / "job.json", {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
+        retract(folder)
+        publish(folder, {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
         checkpoint.unlink(missing_ok=True)
         return result
 
@@ -124,7 +171,6 @@ def run_job(
         }
         for part, tally in tallies.items()
     }
-    save_predictor(predictor, folder / "model.safetensors", calibration)
     kept = {
         f"{part} {name}": tensor
         for part in REPORTED
@@ -132,7 +178,9 @@ def run_job(
         for name, tensor in tallies[part].tensors().items()
     }
     kept["journey"] = foreseen(predictor, data, device)
-    with atomic_path(folder / "tally.safetensors") as temporary:
+    retract(folder)
+    save_predictor(predictor, folder / MODEL, calibration)
+    with atomic_path(folder / TALLY) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in kept.items()}, str(temporary))
     result = SeedResult(
         seed=job.seed,
@@ -142,7 +190,7 @@ def run_job(
         curve=tuple(Epoch(**vars(point)) for point in fitted.curve),
         recall=recall,
     )
-    write_json(folder / "job.json", {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
+    publish(folder, {"fingerprint": fingerprint, "result": result.model_dump(mode="json")})
     checkpoint.unlink(missing_ok=True)
     return result
 
@@ -167,13 +215,12 @@ def save_predictor(predictor: Predictor, path: Path, calibration: Calibration) -
     if predictor.recipe.epochs > 0:
         facts["recipe"] = json.dumps(values_of(predictor.recipe))
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in predictor.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata=facts)
+    save_tensors(tensors, path, facts)
 
 
 def load_predictor(job: Job, out: Path, data: SuiteData) -> Predictor:
     """The trained predictor of a finished job, built by the recipe that lies with its weights."""
-    path = job.folder(out) / "model.safetensors"
+    path = job.folder(out) / MODEL
     with safe_open(str(path), framework="pt") as file:
         recipe = json.loads((file.metadata() or {}).get("recipe", "{}"))
     # A field that later versions no longer know cannot have shaped the module that this version builds.
@@ -195,14 +242,14 @@ def load_calibration(path: Path) -> Calibration:
 
 def load_tally(job: Job, out: Path, part: str) -> Tally | None:
     """A finished job's sums over one part, None if the part is empty."""
-    tensors = load_file(str(job.folder(out) / "tally.safetensors"))
+    tensors = load_file(str(job.folder(out) / TALLY))
     of_part = {name.removeprefix(f"{part} "): tensor for name, tensor in tensors.items() if name.startswith(f"{part} ")}
     return Tally.of(of_part) if of_part else None
 
 
 def load_foreseen(job: Job, out: Path) -> Tensor:
     """What :func:`foreseen` gave when the job was run."""
-    return load_file(str(job.folder(out) / "tally.safetensors"))["journey"]
+    return load_file(str(job.folder(out) / TALLY))["journey"]
 
 
 def _is_readable(checkpoint: Path) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import read_json
 from specmoe.predictors.recipes import Recipes
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import PredictorResult, Results
 from specmoe.suite.data import SuiteData, trace_fingerprint
-from specmoe.suite.jobs import Job, finished, job_fingerprint
+from specmoe.suite.jobs import Job, finished, job_fingerprint, vouched
 from specmoe.trace import Trace
 
 __all__ = ["Earlier"]
@@ -128,10 +127,6 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _is_done(job: Job, out: Path) -> bool:
     """Whether a finished run lies in a job's folder, under whatever settings."""
-    path = job.folder(out) / "job.json"
-    if not path.exists():
-        return False
-    try:
-        return read_json(path)["result"].get("status", "ok") == "ok"
-    except (SpecmoeError, KeyError, TypeError, AttributeError):
-        return False
+    content = vouched(job.folder(out))
+    result = content.get("result") if content is not None else None
+    return isinstance(result, dict) and result.get("status", "ok") == "ok"

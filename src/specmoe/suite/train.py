@@ -13,11 +13,12 @@ from specmoe.evaluation import Ratios, by_horizon, evaluate
 from specmoe.predictors.recipes import Recipes
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import ByHorizon, Results, TraceFacts
-from specmoe.suite.assemble import assemble, made_now, trace_facts
+from specmoe.suite.assemble import assemble, commit, made_now, trace_facts
 from specmoe.suite.data import SuiteData
 from specmoe.suite.jobs import Job
 from specmoe.suite.keeping import Earlier
 from specmoe.suite.run import JobEvent, cost, jobs_of, run_jobs
+from specmoe.threads import one_thread
 
 __all__ = ["Plan", "train_suite", "untrained_recall"]
 
@@ -69,6 +70,7 @@ def train_suite(
             results under other settings.
     """
     started = time.monotonic()
+    commit()
     on_stage("reading the trace")
     earlier = Earlier.of(out, names, replace=replace)
     names = earlier.all_names
@@ -107,6 +109,7 @@ def train_suite(
     return assembled
 
 
+@one_thread()
 def untrained_recall(
     trace: Path, names: Sequence[str], horizons: tuple[int, ...]
 ) -> tuple[TraceFacts, dict[str, ByHorizon]]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.pruners import PercentilePruner
 from optuna.samplers import TPESampler
 from optuna.study import Study
@@ -297,7 +296,6 @@ def _start_worker(trace: Path, horizons: tuple[int, ...], cut: Cut, recipes: Rec
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
     data = SuiteData.load(trace, horizons, cut, recipes)
     _worker.update(data=data, task=task, news=news, study=open_study(task.out, task.study, pruner=_pruner()))
 

@@ -22,6 +22,7 @@ from specmoe.evaluation import Ratios, evaluate
 from specmoe.files import atomic_path
 from specmoe.predictors.recipes import values_of, with_recipe
 from specmoe.suite.data import SuiteData
+from specmoe.threads import one_thread
 from specmoe.training import EpochReport, TrainingFailed, fit
 from specmoe.tuning.outcome import Outcome
 from specmoe.tuning.space import changes_of
@@ -50,6 +51,7 @@ class _FellBehind(Exception):
     """Ends the training of a trial that is pruned."""
 
 
+@one_thread()
 def run_trial(
     number: int, study: Study, task: Task, data: SuiteData, on_epoch: Callable[[EpochReport], None] = lambda _: None
 ) -> Outcome:

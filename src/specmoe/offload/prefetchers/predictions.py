@@ -15,6 +15,7 @@ from specmoe.dataset import Windows, tokens_at_once
 from specmoe.errors import SpecmoeError
 from specmoe.offload.demand import Demand
 from specmoe.predictors.base import Predictor
+from specmoe.threads import one_thread
 from specmoe.trace import Trace
 
 __all__ = ["Predictions", "perfect", "predicted", "shuffled", "with_recall"]
@@ -68,6 +69,7 @@ def demand_table(demand: Demand) -> NDArray[np.bool_]:
 
 
 @torch.no_grad()
+@one_thread()
 def predicted(
     name: str,
     predictor: Predictor,
