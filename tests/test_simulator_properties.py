@@ -72,14 +72,15 @@ def check_tier(tier: Tier, counts: dict[str, dict[str, int]]) -> None:
     assert flights == under_way
     assert held == resident + under_way
     there = tier.cache.keys["resident"][: tier.cache.experts] | np.isfinite(tier.copies["arrival"])
-    layer_N = tier.cache.keys["layer"][: tier.cache.experts]
-    assert tier.cache.units_L[layer_N[there]].sum() == tier.cache.caches["size"].sum()
+    units_N = tier.cache.keys["units"][: tier.cache.experts]
+    assert units_N[there].sum() == tier.cache.caches["size"].sum()
     assert (tier.cache.caches["size"] <= tier.cache.caches["capacity"]).all()
-    assert held <= tier.own["largest"][0] <= tier.cache.caches["capacity"].sum() // tier.cache.units_L.min()
+    assert held <= tier.own["largest"][0] <= tier.cache.caches["capacity"].sum() // units_N.min()
     moved = total["misses"] + total["prefetched"]
     assert moved == total["evictions"] + held
     moved_L = tier.counts.sum(0)[:, [COUNTS.index("misses"), COUNTS.index("prefetched")]].sum(1)
-    assert tier.own["busy"][0] == pytest.approx(moved_L @ tier.seconds_L)
+    seconds_L = tier.copies["seconds"].reshape(len(moved_L), -1)[:, 0]
+    assert tier.own["busy"][0] == pytest.approx(moved_L @ seconds_L)
     assert total["prefetched"] == total["used"] + total["late"] + total["wasted"]
     assert total["accesses"] == total["hits"] + total["misses"] + total["late"]
     assert total["used"] <= total["hits"]
