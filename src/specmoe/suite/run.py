@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError
+from specmoe.locks import at_work
 from specmoe.predictors.recipes import Recipes
 from specmoe.results import SeedResult
 from specmoe.suite.cut import Cut
@@ -172,6 +173,7 @@ def _start_worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    _worker["at_work"] = at_work(out)
     _worker.update(data=SuiteData.load(trace, horizons, cut, recipes, cache_experts), out=out, device=device, news=news)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import random
 import weakref
 from collections.abc import Iterable
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import atomic_path, sha256_file
+from specmoe.locks import hold
 from specmoe.trace.integrity import checksum, header_sha256
 from specmoe.trace.manifest import (
     MANIFEST_NAME,
@@ -70,7 +69,9 @@ class TraceWriter:
         self._pending: list[_Pending] = []
         # One tensor per field, used again for every shard: fresh memory costs more than the copy into it.
         self._buffers: dict[str, Tensor] = {}
-        self._unlock = weakref.finalize(self, os.close, _lock(directory))
+        self._unlock = weakref.finalize(
+            self, hold(directory, "collect" if manifest.source.kind == "capture" else "import")
+        )
         self.written: set[str] = set()
         try:
             if (directory / MANIFEST_NAME).exists():
@@ -232,23 +233,6 @@ class TraceWriter:
     def _update(self, **changes: object) -> None:
         self.manifest = self.manifest.model_copy(update=changes)
         self.manifest.save(self.directory)
-
-
-def _lock(directory: Path) -> int:
-    """Keep other processes from writing to ``directory``, until the descriptor returned is closed."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise SpecmoeError(f"cannot write {directory}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise SpecmoeError(
-            f"another process is writing to {directory}; wait for it, or choose another --out"
-        ) from error
-    return descriptor
 
 
 def keeps_hidden(doc_id: str, keep: str) -> bool:
