@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path, read_json, sha256_file, write_json, write_text
+from specmoe.files import atomic_path, may_replace, read_json, sha256_file, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -61,7 +62,96 @@ def test_what_a_killed_process_left_does_not_get_into_the_next_write(tmp_path: P
     (tmp_path / f".value.txt.{os.getpid()}.tmp").write_text("a long leftover of another life")
     write_text(path, "new")
     assert path.read_text() == "new"
-    assert names(tmp_path) == ["value.txt"]
+    assert names(tmp_path) == [f".value.txt.{os.getpid()}.tmp", "value.txt"]
+
+
+def test_temporary_files_are_new_ones_that_nobody_can_foresee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, victim = tmp_path / "value.txt", tmp_path / "victim"
+    victim.write_text("precious")
+    seen = []
+    for _ in range(3):
+        with atomic_path(path) as temporary:
+            seen.append(temporary.name)
+            temporary.write_text("new")
+    assert len(set(seen)) == 3
+    assert not any(str(os.getpid()) in name.removesuffix(".tmp").split(".") for name in seen)
+    # Somebody who could foresee it all the same is refused, not followed.
+    monkeypatch.setattr("specmoe.files.secrets.token_hex", lambda count: "ab" * count)
+    planted = tmp_path / f".value.txt.{'ab' * 8}.tmp"
+    for target in (victim, tmp_path / "dangling"):
+        planted.symlink_to(target)
+        with pytest.raises(SpecmoeError, match=os.strerror(errno.EEXIST)):
+            write_text(path, "newer")
+        planted.unlink(missing_ok=True)
+    assert victim.read_text() == "precious"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["value.txt", "victim"]
+
+
+def test_a_link_in_the_files_place_is_replaced_and_one_in_the_temporarys_not_followed(tmp_path: Path) -> None:
+    path, victim = tmp_path / "value.txt", tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o640)
+    path.symlink_to(victim)
+    write_text(path, "new")
+    assert not path.is_symlink()
+    assert (path.read_text(), victim.read_text()) == ("new", "precious")
+    with pytest.raises(SpecmoeError, match="cannot write"), atomic_path(path) as temporary:
+        temporary.unlink()
+        temporary.symlink_to(victim)
+    assert (path.read_text(), victim.stat().st_mode & 0o777) == ("new", 0o640)
+    assert names(tmp_path) == ["value.txt", "victim"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\N{EURO SIGN}" * 85):
+        write_text(tmp_path / name, "new")
+        assert names(tmp_path) == [name]
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_that_cannot_be_synced_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr("specmoe.files.os.fsync", refuse)
+    write_text(tmp_path / "value.txt", "new")
+    assert (tmp_path / "value.txt").read_text() == "new"
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    ours, other, link = tmp_path / "ours", tmp_path / "other", tmp_path / "link"
+    ours.write_text("ours")
+    other.write_text("other")
+    link.symlink_to(other)
+    os.mkfifo(tmp_path / "pipe")
+
+    def check(path: Path, force: bool = False, read: tuple[Path, ...] = ()) -> None:
+        may_replace(path, is_ours=lambda path: path.read_text() == "ours", force=force, read=read)
+
+    check(tmp_path / "new")
+    check(tmp_path / "new", read=(other,))
+    check(ours)
+    check(other, force=True)
+    for path in (other, link):
+        with pytest.raises(SpecmoeError, match="replace it with --force"):
+            check(path)
+    for force in (False, True):
+        for path, read in ((ours, ours), (link, other), (other, link)):
+            with pytest.raises(SpecmoeError, match="over what it is made from"):
+                check(path, force, (tmp_path / "missing", read))
+        with pytest.raises(SpecmoeError, match="is a folder"):
+            check(tmp_path, force)
+        with pytest.raises(SpecmoeError, match="no regular file"):
+            check(tmp_path / "pipe", force)
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(SpecmoeError, match="--force"):
+        check(dangling)
 
 
 def test_the_new_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:

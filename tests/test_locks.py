@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from specmoe import locks
+from specmoe import files, locks
 from specmoe.cli import app, run_verb
 from specmoe.errors import SpecmoeError
 from specmoe.locks import at_work, hold, locked, writes
@@ -171,7 +171,7 @@ def test_a_file_system_without_locks_is_one_line(
     def refuse(descriptor: int, kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(locks._fcntl, "flock", refuse)
+    monkeypatch.setattr(files._fcntl, "flock", refuse)
     monkeypatch.setattr(locks, "_told", False)
     for name in ("a", "b"):
         with locked(tmp_path / name, "train"):
@@ -186,7 +186,7 @@ def test_a_file_system_without_locks_is_one_line(
 def test_a_system_without_locks_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(locks, "_fcntl", None)
+    monkeypatch.setattr(files, "_fcntl", None)
     monkeypatch.setattr(locks, "_told", False)
     with locked(tmp_path / "a", "train"), locked(tmp_path / "b", "train"):
         pass
@@ -197,7 +197,7 @@ def test_another_failure_of_the_lock_is_an_error_for_the_user(tmp_path: Path, mo
     def fail(descriptor: int, kind: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(locks._fcntl, "flock", fail)
+    monkeypatch.setattr(files._fcntl, "flock", fail)
     with pytest.raises(SpecmoeError, match=os.strerror(errno.EIO)):
         hold(tmp_path / "a", "train")
 

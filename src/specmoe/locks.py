@@ -16,16 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import disk_errors
-
-try:
-    import fcntl as _system
-except ImportError:  # A system without such locks, Windows for one.
-    _system = None
-_fcntl: Any = _system
+from specmoe.files import NoLocks, disk_errors, try_lock
 
 __all__ = ["at_work", "hold", "locked", "take", "writes"]
 
@@ -33,7 +27,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 LOCK, WORKERS = ".specmoe.lock", ".specmoe.workers"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 # Workers look twice a second whether their parent lives.
 _ORPHAN_SECONDS = 30.0
 _HOLDER_BYTES = 512
@@ -137,24 +130,12 @@ def at_work(folder: Path) -> int:
 
 
 def take(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file, unless somebody else has it; whether that went well, as it does where there are no locks.
-
-    Args:
-        shared: with others that share it. wait: until it is free.
-    """
-    if _fcntl is None:
-        _tell_once("this system has none")
-        return True
+    """As :func:`specmoe.files.try_lock`; where there are no locks it goes well, and one line says so."""
     try:
-        kind = _fcntl.LOCK_SH if shared else _fcntl.LOCK_EX
-        _fcntl.flock(descriptor, kind if wait else kind | _fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _tell_once(f"the file system has none: {error.strerror}")
-    return True
+        return try_lock(descriptor, shared=shared, wait=wait)
+    except NoLocks as error:
+        _tell_once(str(error))
+        return True
 
 
 def _tell_once(why: str) -> None:
