@@ -8,6 +8,8 @@ import math
 import os
 import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path, may_replace, read_json, sha256_file, write_json, write_text
+from specmoe.files import atomic_path, may_replace, read_json, remove_leftovers, sha256_file, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -447,3 +449,85 @@ def test_other_files_are_errors_for_the_user(tmp_path: Path) -> None:
             load_checkpoint(path)
     with pytest.raises(SpecmoeError):
         load_checkpoint(tmp_path)
+
+
+# What kills leave
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from specmoe.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def writing(path: Path) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_what_is_written_now_stays_and_what_was_killed_goes(tmp_path: Path) -> None:
+    (killed, left), (alive, written) = writing(tmp_path / "a"), writing(tmp_path / "b")
+    try:
+        killed.kill()
+        killed.communicate()
+        assert names(tmp_path) == sorted([left, written])
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == [written]
+    finally:
+        alive.kill()
+        alive.communicate()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_only_temporary_files_of_ours_are_removed(tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    stay = [
+        ".tmp",
+        ".tmpfile",
+        "a.tmp",
+        ".a.tmp",
+        f".a.{token}",
+        f".a.{token}0.tmp",
+        ".a.xyz.tmp",
+    ]
+    go = [
+        f".a.{token}.tmp",
+        f".a.b c.{token}.tmp",
+        ".7.77.tmp",
+        f".a.{os.getpid()}.tmp",
+        ".tmpAb12Cd",
+    ]
+    for name in (*stay, *go):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".folder.{token}.tmp").mkdir()
+    (tmp_path / f".link.{token}.tmp").symlink_to(tmp_path / "a.tmp")
+    os.mkfifo(tmp_path / f".pipe.{token}.tmp")
+    remove_leftovers(tmp_path)
+    others = [f".{kind}.{token}.tmp" for kind in ("folder", "link", "pipe")]
+    assert names(tmp_path) == sorted([*stay, *others])
+    remove_leftovers(tmp_path / "missing")
+
+
+def test_of_one_file_only_what_was_to_become_it_is_removed(tmp_path: Path) -> None:
+    token, long = "0123456789abcdef", "n" * 250
+    for name in ("a", "a.b", long[:200]):
+        (tmp_path / f".{name}.{token}.tmp").write_text("x")
+    remove_leftovers(tmp_path, "a")
+    assert names(tmp_path) == [f".a.b.{token}.tmp", f".{long[:200]}.{token}.tmp"]
+    remove_leftovers(tmp_path, long)
+    assert names(tmp_path) == [f".a.b.{token}.tmp"]
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".a.0123456789abcdef.tmp"
+    left.write_text("x")
+    monkeypatch.setattr("specmoe.files._fcntl", None)
+    remove_leftovers(tmp_path)
+    assert left.exists()

@@ -342,3 +342,15 @@ def test_of_two_runs_on_one_folder_one_does_the_work_and_a_killed_one_gives_it_b
         == (json.loads(said[done][0])["predictors"][0]["seeds"][0]["recall"])
     )
     assert not [path.name for path in other.iterdir() if path.name.startswith(".specmoe")]
+
+
+def test_the_next_run_removes_what_a_killed_one_left_in_its_own_folders(tmp_path: Path) -> None:
+    left = ".job.json.0123456789abcdef.tmp"
+    places = [tmp_path / place for place in (".", "jobs/a", "taught/jobs/a", "trials", "trace", "cuts/share-50/jobs/a")]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / left).write_text("x")
+    with locked(tmp_path, "train"):
+        assert [(place / left).exists() for place in places] == [False] * 4 + [True] * 2
+    with locked(tmp_path / "cuts" / "share-50", "train"):
+        assert not (places[5] / left).exists()

@@ -30,6 +30,7 @@ __all__ = [
     "impostor",
     "may_replace",
     "read_json",
+    "remove_leftovers",
     "sha256_file",
     "try_lock",
     "write_json",
@@ -42,6 +43,8 @@ _HEAD_BYTES = 512
 # Of a name, in that of its temporary file: what is left of 255 is for the rest.
 _NAME_BYTES = 200
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+# Temporary files: ours, those that once bore the number of a process, and those of safetensors.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|[0-9]+)\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
 # What folders answer that cannot be synced: by their permissions, or by their file system.
 _NO_SYNC = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
@@ -58,8 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         SpecmoeError: the disk is full, or the place cannot be written to.
     """
-    name = path.name.encode(errors="surrogateescape")[:_NAME_BYTES].decode(errors="ignore")
-    temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{_temporary_name(path.name)}.{secrets.token_hex(8)}.tmp")
     descriptor = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files that killed processes left in ``folder``; those that somebody still writes stay.
+
+    Whoever writes one has it locked. Libraries that put a file of their own in its place are the exception, so a folder
+    in which they write is to be held by the caller (``locks``). Never an error: what cannot be removed stays.
+
+    Args:
+        name: only those of this file, in a folder that nobody holds; None for all.
+    """
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is None or (name is not None and match["name"] != _temporary_name(name)):
+                continue
+            with suppress(OSError, NoLocks):
+                _remove_unlocked(Path(entry.path))
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and try_lock(descriptor):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_name(name: str) -> str:
+    """What stands for a file's name in that of its temporary file, which has to be shorter than 255 bytes too."""
+    return name.encode(errors="surrogateescape")[:_NAME_BYTES].decode(errors="ignore")
 
 
 class NoLocks(Exception):

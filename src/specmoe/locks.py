@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import NoLocks, disk_errors, try_lock
+from specmoe.files import NoLocks, disk_errors, remove_leftovers, try_lock
 
 __all__ = ["at_work", "hold", "locked", "take", "writes"]
 
@@ -30,6 +30,9 @@ LOCK, WORKERS = ".specmoe.lock", ".specmoe.workers"
 # Workers look twice a second whether their parent lives.
 _ORPHAN_SECONDS = 30.0
 _HOLDER_BYTES = 512
+# Folders within a run's that are its own. A folder that somebody else may hold (a trace, a cut) is cleaned by whoever
+# holds it.
+_OWN_FOLDERS = ("jobs/*", "taught/jobs/*", "trials")
 # What this process holds by :func:`locked`: device and inode of a folder → the thread.
 _held: dict[tuple[int, int], int] = {}
 _told = False
@@ -57,6 +60,8 @@ def writes(verb: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
 def locked(folder: Path, verb: str) -> Iterator[None]:
     """Hold a folder, made if it is missing, while the context lasts. Within what holds it already, nothing happens.
 
+    Temporary files that a killed run left in it are removed.
+
     Where a file system (or the system) has no locks, one line on standard error says so and the run goes on: to refuse
     would make such places useless for the many who run one thing at a time.
 
@@ -75,6 +80,8 @@ def locked(folder: Path, verb: str) -> Iterator[None]:
     if identity is not None:
         _held[identity] = threading.get_ident()
     try:
+        for place in (folder, *(found for own in _OWN_FOLDERS for found in folder.glob(own))):
+            remove_leftovers(place)
         yield
     finally:
         if identity is not None:

@@ -84,7 +84,7 @@ def measure(
     """Measure this machine's disk, memory, GPU and computing, and save the profile."""
     from specmoe.cli.progress import ProgressLine
     from specmoe.errors import SpecmoeError
-    from specmoe.files import disk_errors, may_replace
+    from specmoe.files import disk_errors, may_replace, remove_leftovers
     from specmoe.offload.hardware.measure.run import FULL, QUICK, measure_hardware
     from specmoe.offload.hardware.profile import is_profile
 
@@ -94,6 +94,7 @@ def measure(
     with disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     may_replace(out, is_ours=is_profile, force=force)
+    remove_leftovers(out.parent, out.name)
     with ProgressLine("measuring") as line:
         profile = measure_hardware(
             folder if folder is not None else out.parent,

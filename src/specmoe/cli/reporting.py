@@ -26,7 +26,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Show results again: the table here, the page as a file."""
-    from specmoe.files import may_replace
+    from specmoe.files import may_replace, remove_leftovers
     from specmoe.report.charts import is_figure, ranking_figure
     from specmoe.report.html import write_report
     from specmoe.report.page import is_page
@@ -40,6 +40,8 @@ def report(
         may_replace(figure, is_ours=is_figure, force=force, read=(results, page))
         if figure.resolve() == page.resolve():
             raise SpecmoeError(f"--html and --figure are both {figure}; name two files")
+    for file in filter(None, (page, figure)):
+        remove_leftovers(file.parent, file.name)
     write_report(loaded, page)
     if figure is not None:
         ranking_figure(loaded, figure)

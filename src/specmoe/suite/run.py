@@ -82,6 +82,8 @@ def run_jobs(
             waiting.append(job)
         else:
             results[job] = done
+            for stale in job.folder(out).glob("checkpoint-*.safetensors"):  # Of other settings, and killed.
+                stale.unlink()
             on_event(JobEvent(job, result=done, reused=True))
     runner = _in_this_process if workers <= 1 or len(waiting) <= 1 else _in_workers
     for job, result in runner(waiting, trace, data, out, workers, device, on_event):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path, sha256_file
+from specmoe.files import atomic_path, remove_leftovers, sha256_file
 from specmoe.locks import hold
 from specmoe.trace.integrity import checksum, header_sha256
 from specmoe.trace.manifest import (
@@ -74,6 +74,7 @@ class TraceWriter:
         )
         self.written: set[str] = set()
         try:
+            remove_leftovers(directory)
             if (directory / MANIFEST_NAME).exists():
                 manifest = self._continue(manifest)
             self.manifest = manifest.model_copy(update={"complete": False})
@@ -91,12 +92,10 @@ class TraceWriter:
                 raise SpecmoeError(f"{self.directory} holds another trace ({name} differs); choose another --out")
         self.written = {document.doc_id for document in present.documents}
         named = {shard.file for shard in present.manifest.shards}
-        # What a kill left: a shard that no manifest names yet, and files that were never renamed (ours, and
-        # those that safetensors writes before it renames them to ours).
-        for pattern in ("shard-*.safetensors", ".*.tmp", ".tmp*"):
-            for orphan in self.directory.glob(pattern):
-                if orphan.name not in named:
-                    orphan.unlink()
+        # What a kill left: a shard that no manifest names yet.
+        for orphan in self.directory.glob("shard-*.safetensors"):
+            if orphan.name not in named:
+                orphan.unlink()
         kept = {name: getattr(present.manifest, name) for name in ("shards", "routers_sha256")}
         return manifest.model_copy(update={**kept, "timing": present.manifest.timing or manifest.timing})
 
