@@ -30,6 +30,7 @@ __all__ = [
     "impostor",
     "may_replace",
     "read_json",
+    "regular_file",
     "remove_leftovers",
     "sha256_file",
     "try_lock",
@@ -45,6 +46,12 @@ _NAME_BYTES = 200
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 # Temporary files: ours, those that once bore the number of a process, and those of safetensors.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[0-9a-f]{16}|[0-9]+)\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+_SPECIAL = {
+    "pipe": stat.S_ISFIFO,
+    "socket": stat.S_ISSOCK,
+    "character device": stat.S_ISCHR,
+    "block device": stat.S_ISBLK,
+}
 # What folders answer that cannot be synced: by their permissions, or by their file system.
 _NO_SYNC = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
@@ -259,12 +266,31 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, separators=separators, allow_nan=False) + "\n")
 
 
+def regular_file(path: Path) -> Path:
+    """``path``, unless a pipe, a socket or a device lies there: to open one may wait or read for ever.
+
+    A folder or a missing file is left to whoever opens it, who knows what it should have been.
+
+    Raises:
+        SpecmoeError: it is no regular file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path
+    for kind, is_kind in _SPECIAL.items():
+        if is_kind(mode):
+            raise SpecmoeError(f"{path} is a {kind}, not a regular file; name a file, or write its content to one")
+    return path
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        SpecmoeError: the file is missing or is not JSON.
+        SpecmoeError: the file is missing, no regular file or not JSON.
     """
+    regular_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -275,8 +301,12 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as stream:
+    """SHA-256 of a file's bytes, as hex.
+
+    Raises:
+        SpecmoeError: it is no regular file.
+    """
+    with regular_file(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -287,9 +317,9 @@ def impostor(path: Path) -> str | None:
     sends instead of a file, and nothing at all. Only the first bytes are read, and it is never an error.
     """
     try:
-        with path.open("rb") as stream:
+        with regular_file(path).open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
-    except OSError:
+    except (OSError, SpecmoeError):
         return None
     if not head:
         return "is empty (0 bytes); get the file again"

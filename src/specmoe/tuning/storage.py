@@ -20,7 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path
+from specmoe.files import atomic_path, regular_file
 from specmoe.locks import take
 
 __all__ = ["OUTCOME", "ask_again_for_interrupted", "at_work", "counted", "mend", "only_search", "open_study"]
@@ -70,7 +70,7 @@ def mend(out: Path) -> int:
     path = out / JOURNAL
     if not path.exists():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = regular_file(path).read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n") and _is_json(line)]
     if len(whole) < len(lines):
         with atomic_path(path) as temporary:

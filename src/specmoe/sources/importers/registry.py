@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.files import impostor
+from specmoe.files import impostor, regular_file
 from specmoe.sources.importers import (
     bigmoeonedge,
     colibri_route_trace,
@@ -64,7 +64,7 @@ def recognise(path: Path) -> Importer:
     """
     head = b""
     try:
-        if not path.is_dir():
+        if not regular_file(path).is_dir():
             head = first_bytes(path, _HEAD_BYTES)
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
@@ -104,6 +104,7 @@ def import_trace(
         raise unknown_name("format", format, IMPORTERS)
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
+    regular_file(path)
     try:
         return _imported(path, out, format, options or ImportOptions(), on_progress)
     except SpecmoeError as error:
