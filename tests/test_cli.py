@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,50 @@ def test_report_is_made_again_from_the_results(
     assert "TinySpeculationModel" in capsys.readouterr().out.replace("\n", "")
     assert page.stat().st_size > 100_000
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_replaces_only_what_it_made(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.json"
+    results.write_bytes((trained / "results.json").read_bytes())
+    before = results.read_bytes()
+    for name in ("page.svg", "figure.png", "figure.svg"):
+        (tmp_path / name).write_text("somebody's own")
+    message = errors_of(capsys, "report", str(results), "--html", str(results))
+    assert "over what it is made from" in message
+    message = errors_of(capsys, "report", str(results), "--html", str(results), "--force")
+    assert "over what it is made from" in message
+    assert "--force" in errors_of(capsys, "report", str(results), "--html", str(tmp_path / "page.svg"))
+    for name in ("figure.png", "figure.svg"):
+        figure = tmp_path / name
+        assert "--force" in errors_of(capsys, "report", str(results), "--figure", str(figure))
+        assert figure.read_text() == "somebody's own"
+        assert run_verb(["report", str(results), "--figure", str(figure), "--force"]) == 0
+        assert figure.read_bytes() != b"somebody's own"
+        assert run_verb(["report", str(results), "--figure", str(figure)]) == 0
+        capsys.readouterr()
+    message = errors_of(
+        capsys, "report", str(results), "--html", str(tmp_path / "x.svg"), "--figure", str(tmp_path / "x.svg")
+    )
+    assert "name two files" in message
+    assert (tmp_path / "page.svg").read_text() == "somebody's own"
+    assert results.read_bytes() == before
+    # What was added to the picture is a chunk like any other.
+    chunks, data, at = [], (tmp_path / "figure.png").read_bytes(), 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        body = data[at + 4 : at + 8 + size]
+        assert zlib.crc32(body) == int.from_bytes(data[at + 8 + size : at + 12 + size], "big")
+        chunks.append(body[:4])
+        at += 12 + size
+    assert chunks[0] == b"IHDR"
+    assert chunks[-2:] == [b"tEXt", b"IEND"]
+
+
+def test_measuring_replaces_only_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("notes", '{"format": "other"}', "[]"):
+        (tmp_path / "here.json").write_text(content)
+        assert "--force" in errors_of(capsys, "hardware", "measure", "--quick", "--out", str(tmp_path / "here.json"))
+        assert (tmp_path / "here.json").read_text() == content
 
 
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,6 +178,11 @@ class TestFailure:
             export_trace(trace, out, format=format)
         assert out.read_text() == "mine"
         export_trace(trace, out, format=format, force=True)
+        for own in ("manifest.json", "shard-00000.safetensors"):
+            before = (trace.directory / own).read_bytes()
+            with pytest.raises(SpecmoeError, match="over what it is made from"):
+                export_trace(trace, trace.directory / own, format=format, force=True)
+            assert (trace.directory / own).read_bytes() == before
         assert out.stat().st_size > 100
         with pytest.raises(SpecmoeError, match="is a folder"):
             export_trace(trace, tmp_path, format=format, force=True)

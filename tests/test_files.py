@@ -6,7 +6,10 @@ import errno
 import json
 import math
 import os
+import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import nn
 
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path, read_json, sha256_file, write_json, write_text
+from specmoe.files import atomic_path, may_replace, read_json, remove_leftovers, sha256_file, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -61,7 +64,96 @@ def test_what_a_killed_process_left_does_not_get_into_the_next_write(tmp_path: P
     (tmp_path / f".value.txt.{os.getpid()}.tmp").write_text("a long leftover of another life")
     write_text(path, "new")
     assert path.read_text() == "new"
-    assert names(tmp_path) == ["value.txt"]
+    assert names(tmp_path) == [f".value.txt.{os.getpid()}.tmp", "value.txt"]
+
+
+def test_temporary_files_are_new_ones_that_nobody_can_foresee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, victim = tmp_path / "value.txt", tmp_path / "victim"
+    victim.write_text("precious")
+    seen = []
+    for _ in range(3):
+        with atomic_path(path) as temporary:
+            seen.append(temporary.name)
+            temporary.write_text("new")
+    assert len(set(seen)) == 3
+    assert not any(str(os.getpid()) in name.removesuffix(".tmp").split(".") for name in seen)
+    # Somebody who could foresee it all the same is refused, not followed.
+    monkeypatch.setattr("specmoe.files.secrets.token_hex", lambda count: "ab" * count)
+    planted = tmp_path / f".value.txt.{'ab' * 8}.tmp"
+    for target in (victim, tmp_path / "dangling"):
+        planted.symlink_to(target)
+        with pytest.raises(SpecmoeError, match=os.strerror(errno.EEXIST)):
+            write_text(path, "newer")
+        planted.unlink(missing_ok=True)
+    assert victim.read_text() == "precious"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["value.txt", "victim"]
+
+
+def test_a_link_in_the_files_place_is_replaced_and_one_in_the_temporarys_not_followed(tmp_path: Path) -> None:
+    path, victim = tmp_path / "value.txt", tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o640)
+    path.symlink_to(victim)
+    write_text(path, "new")
+    assert not path.is_symlink()
+    assert (path.read_text(), victim.read_text()) == ("new", "precious")
+    with pytest.raises(SpecmoeError, match="cannot write"), atomic_path(path) as temporary:
+        temporary.unlink()
+        temporary.symlink_to(victim)
+    assert (path.read_text(), victim.stat().st_mode & 0o777) == ("new", 0o640)
+    assert names(tmp_path) == ["value.txt", "victim"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\N{EURO SIGN}" * 85):
+        write_text(tmp_path / name, "new")
+        assert names(tmp_path) == [name]
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_that_cannot_be_synced_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr("specmoe.files.os.fsync", refuse)
+    write_text(tmp_path / "value.txt", "new")
+    assert (tmp_path / "value.txt").read_text() == "new"
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    ours, other, link = tmp_path / "ours", tmp_path / "other", tmp_path / "link"
+    ours.write_text("ours")
+    other.write_text("other")
+    link.symlink_to(other)
+    os.mkfifo(tmp_path / "pipe")
+
+    def check(path: Path, force: bool = False, read: tuple[Path, ...] = ()) -> None:
+        may_replace(path, is_ours=lambda path: path.read_text() == "ours", force=force, read=read)
+
+    check(tmp_path / "new")
+    check(tmp_path / "new", read=(other,))
+    check(ours)
+    check(other, force=True)
+    for path in (other, link):
+        with pytest.raises(SpecmoeError, match="replace it with --force"):
+            check(path)
+    for force in (False, True):
+        for path, read in ((ours, ours), (link, other), (other, link)):
+            with pytest.raises(SpecmoeError, match="over what it is made from"):
+                check(path, force, (tmp_path / "missing", read))
+        with pytest.raises(SpecmoeError, match="is a folder"):
+            check(tmp_path, force)
+        with pytest.raises(SpecmoeError, match="no regular file"):
+            check(tmp_path / "pipe", force)
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(SpecmoeError, match="--force"):
+        check(dangling)
 
 
 def test_the_new_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:
@@ -357,3 +449,85 @@ def test_other_files_are_errors_for_the_user(tmp_path: Path) -> None:
             load_checkpoint(path)
     with pytest.raises(SpecmoeError):
         load_checkpoint(tmp_path)
+
+
+# What kills leave
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from specmoe.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def writing(path: Path) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_what_is_written_now_stays_and_what_was_killed_goes(tmp_path: Path) -> None:
+    (killed, left), (alive, written) = writing(tmp_path / "a"), writing(tmp_path / "b")
+    try:
+        killed.kill()
+        killed.communicate()
+        assert names(tmp_path) == sorted([left, written])
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == [written]
+    finally:
+        alive.kill()
+        alive.communicate()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_only_temporary_files_of_ours_are_removed(tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    stay = [
+        ".tmp",
+        ".tmpfile",
+        "a.tmp",
+        ".a.tmp",
+        f".a.{token}",
+        f".a.{token}0.tmp",
+        ".a.xyz.tmp",
+    ]
+    go = [
+        f".a.{token}.tmp",
+        f".a.b c.{token}.tmp",
+        ".7.77.tmp",
+        f".a.{os.getpid()}.tmp",
+        ".tmpAb12Cd",
+    ]
+    for name in (*stay, *go):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".folder.{token}.tmp").mkdir()
+    (tmp_path / f".link.{token}.tmp").symlink_to(tmp_path / "a.tmp")
+    os.mkfifo(tmp_path / f".pipe.{token}.tmp")
+    remove_leftovers(tmp_path)
+    others = [f".{kind}.{token}.tmp" for kind in ("folder", "link", "pipe")]
+    assert names(tmp_path) == sorted([*stay, *others])
+    remove_leftovers(tmp_path / "missing")
+
+
+def test_of_one_file_only_what_was_to_become_it_is_removed(tmp_path: Path) -> None:
+    token, long = "0123456789abcdef", "n" * 250
+    for name in ("a", "a.b", long[:200]):
+        (tmp_path / f".{name}.{token}.tmp").write_text("x")
+    remove_leftovers(tmp_path, "a")
+    assert names(tmp_path) == [f".a.b.{token}.tmp", f".{long[:200]}.{token}.tmp"]
+    remove_leftovers(tmp_path, long)
+    assert names(tmp_path) == [f".a.b.{token}.tmp"]
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".a.0123456789abcdef.tmp"
+    left.write_text("x")
+    monkeypatch.setattr("specmoe.files._fcntl", None)
+    remove_leftovers(tmp_path)
+    assert left.exists()

@@ -6,7 +6,6 @@ import csv
 import gzip
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +223,19 @@ def test_encodings(tmp_path: Path, encoding: str, packed: bool) -> None:
     assert sorted(texts(tmp_path)) == sorted(found)
 
 
-def test_a_pipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+def test_a_pipe_that_a_shell_has_opened(folder: str) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"words of another program")
+    os.close(writer)
+    assert texts(Path(folder) / str(reader)) == ["words of another program"]
+    os.close(reader)
+
+
+def test_a_pipe_that_may_have_no_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("words of another program",))
-    writer.start()
-    assert texts(tmp_path / "pipe") == ["words of another program"]
-    writer.join()
+    with pytest.raises(SpecmoeError, match="is a pipe, not a regular file"):
+        texts(tmp_path / "pipe")
 
 
 def test_gzip_without_its_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path
+from specmoe.files import atomic_path, regular_file
 
 __all__ = ["load_checkpoint", "save_checkpoint", "save_tensors"]
 
@@ -60,8 +60,9 @@ def load_checkpoint(path: Path) -> Any:
     """Load what :func:`save_checkpoint` wrote (tuples come back as lists).
 
     Raises:
-        SpecmoeError: the file is damaged; delete it to start that run again.
+        SpecmoeError: the file is damaged or no regular one; delete it to start that run again.
     """
+    regular_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             text, digest = file.metadata()["tree"], file.metadata()["sha256"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,42 @@ def test_an_import_that_was_killed_continues(tmp_path: Path, name: str) -> None:
     for number in range(len(whole)):
         tensors = dict(parts.read(number).tensors())
         assert all(torch.equal(tensors[key], value) for key, value in whole.read(number).tensors())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trace_within_what_is_imported_continues_and_is_no_part_of_it(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "in"
+    for number in range(4):
+        file = write(source / str(number), name)
+        file.write_bytes(file.read_bytes().replace(b"humaneval", b"set-%d" % number))
+
+    def stop(done: int, _total: int | None) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    import_trace(source, tmp_path / "whole", format=name)
+    out = source / "traces" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        import_trace(source, out, format=name, on_progress=stop)
+    # What looks like input, in the trace's folder.
+    shutil.copytree(source / "0", out / "copied")
+    import_trace(source, out, format=name)
+    import_trace(source, out, format=name)
+    whole, inside = Trace.open(tmp_path / "whole"), Trace.open(out)
+    assert [document.doc_id for document in inside.documents] == [document.doc_id for document in whole.documents]
+    assert inside.manifest.source == whole.manifest.source
+    # What lies beside it is part of what is imported.
+    (source / "traces" / "notes.md").write_text("more")
+    with pytest.raises(SpecmoeError, match="holds another trace"):
+        import_trace(source, out, format=name)
+    with pytest.raises(SpecmoeError, match="is what is imported"):
+        import_trace(source, source / "traces" / "..", format=name)
+
+
+def test_what_lies_in_the_folder_that_is_written_to_is_imported_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "in", NAMES[0])
+    import_trace(tmp_path / "out" / "in", tmp_path / "out", format=NAMES[0])
+    assert len(Trace.open(tmp_path / "out")) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

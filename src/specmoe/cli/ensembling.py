@@ -10,6 +10,7 @@ import typer
 from specmoe.cli.options import AsJson, Device, print_json, resolve_device
 from specmoe.cli.stages import StageLine
 from specmoe.errors import SpecmoeError
+from specmoe.locks import locked
 
 if TYPE_CHECKING:
     from specmoe.training import EpochReport
@@ -46,7 +47,7 @@ def ensemble(
     if members and top is not None:
         raise SpecmoeError("--members names all members and --top chooses them: give one of the two")
     target = out or run / "ensemble"
-    with _View() as view:
+    with locked(target, "ensemble"), _View() as view:
         result = blend_all(
             run,
             target,
@@ -60,8 +61,8 @@ def ensemble(
             on_stage=view.stage,
             on_epoch=view.epoch,
         )
-    page = target / "ensemble.html"
-    write_ensemble_page(result, page)
+        page = target / "ensemble.html"
+        write_ensemble_page(result, page)
     if json:
         print_json(result.model_dump(mode="json"))
         return

@@ -78,19 +78,23 @@ def measure(
     dtype: Annotated[str, typer.Option(help="Of --model: float32, bfloat16, float16, or auto: as stored.")] = "float32",
     name: Annotated[str | None, typer.Option(help="Of the profile; default: the file's.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, shorter: a look, not a measurement.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no profile.")] = False,
     json: AsJson = False,
 ) -> None:
     """Measure this machine's disk, memory, GPU and computing, and save the profile."""
     from specmoe.cli.progress import ProgressLine
     from specmoe.errors import SpecmoeError
-    from specmoe.files import disk_errors
+    from specmoe.files import disk_errors, may_replace, remove_leftovers
     from specmoe.offload.hardware.measure.run import FULL, QUICK, measure_hardware
+    from specmoe.offload.hardware.profile import is_profile
 
     if out.is_dir():
         raise SpecmoeError(f"{out} is a folder; name a file with --out, such as {out / 'this-machine.json'}")
     # A place that cannot be written to should be known before the measurement, not after.
     with disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
+    may_replace(out, is_ours=is_profile, force=force)
+    remove_leftovers(out.parent, out.name)
     with ProgressLine("measuring") as line:
         profile = measure_hardware(
             folder if folder is not None else out.parent,

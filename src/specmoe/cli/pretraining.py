@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
+from specmoe.locks import writes
 
 __all__ = ["register"]
 
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command("pretrain")(pretrain)
 
 
+@writes("pretrain")
 def pretrain(
     out: Out,
     shape: Annotated[

@@ -10,6 +10,7 @@ import typer
 from specmoe.cli.options import AsJson, Device, Out, TracePath, parse_horizons, print_json, resolve_device
 from specmoe.cli.stages import StageLine
 from specmoe.errors import SpecmoeError
+from specmoe.locks import writes
 
 if TYPE_CHECKING:
     from specmoe.offload.hardware.profile import Hardware
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("simulate")(simulate)
 
 
+@writes("simulate")
 def simulate(
     trace: TracePath,
     out: Out,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specmoe.cli.progress import ProgressLine, TrainingView
+from specmoe.files import regular_file
 from specmoe.results import Results
 from specmoe.sources.capture import CaptureProgress, collect
 from specmoe.sources.corpus import Document
@@ -53,5 +54,5 @@ def token_texts(trace: Path) -> Callable[[list[int]], list[str]] | None:
         return None
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(json.dumps(json.loads(path.read_text(encoding="utf-8"))))
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(regular_file(path).read_text(encoding="utf-8"))))
     return lambda ids: [tokenizer.decode([token], skip_special_tokens=False) for token in ids]

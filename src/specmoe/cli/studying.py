@@ -25,6 +25,7 @@ from specmoe.cli.options import (
     resolve_recipes,
 )
 from specmoe.errors import SpecmoeError
+from specmoe.locks import writes
 
 if TYPE_CHECKING:
     from specmoe.suite.study import Conditions
@@ -45,6 +46,7 @@ Only = Annotated[
 ]
 
 
+@writes("learning-curve")
 def learning_curve(
     trace: TracePath,
     out: Out,
@@ -69,6 +71,7 @@ def learning_curve(
     _show(study, out, "learning-curve", json)
 
 
+@writes("leave-one-domain-out")
 def leave_one_domain_out(
     trace: TracePath,
     out: Out,

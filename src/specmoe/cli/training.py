@@ -24,6 +24,7 @@ from specmoe.cli.options import (
     resolve_recipes,
 )
 from specmoe.errors import SpecmoeError
+from specmoe.locks import writes
 
 __all__ = ["register"]
 
@@ -48,6 +49,7 @@ Replace = Annotated[
 ]
 
 
+@writes("train")
 def train(
     trace: TracePath,
     out: Out,
@@ -96,6 +98,7 @@ def train(
         raise SpecmoeError("no run finished; the table above says why")
 
 
+@writes("demo")
 def demo(
     out: Out = Path("runs/demo"),
     seeds: Seeds = 3,

@@ -21,6 +21,7 @@ from specmoe.cli.options import (
     resolve_device,
     resolve_recipes,
 )
+from specmoe.locks import writes
 
 if TYPE_CHECKING:
     from specmoe.tuning import Search, TrialNews
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command("tune")(tune)
 
 
+@writes("tune")
 def tune(
     trace: TracePath,
     only: Annotated[list[str], typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")],

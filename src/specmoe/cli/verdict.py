@@ -9,6 +9,7 @@ import typer
 
 from specmoe.cli.options import AsJson, Device, Out, TracePath, print_json, resolve_device
 from specmoe.errors import SpecmoeError
+from specmoe.locks import writes
 
 __all__ = ["register"]
 
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command("verdict")(verdict)
 
 
+@writes("verdict")
 def verdict(
     trace: TracePath,
     out: Out,

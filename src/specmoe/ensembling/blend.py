@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from specmoe.calibration import Calibration
 from specmoe.dataset import Window
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path
+from specmoe.files import atomic_path, regular_file
 from specmoe.predictors.base import Observation, Predictor, Recipe, State, parameter_count
 from specmoe.predictors.recipes import CHANGEABLE, kind_of, values_of
 from specmoe.topology import Topology
@@ -159,6 +159,7 @@ def load_blend(path: Path) -> SavedBlend:
     """
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
+    regular_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from specmoe.calibration import Calibration
 from specmoe.ensembling.blend import UNREADABLE
 from specmoe.errors import SpecmoeError, unknown_name
+from specmoe.files import regular_file
 from specmoe.predictors.base import Predictor
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import PredictorResult, Results
@@ -168,7 +169,7 @@ def load_member(run: FinishedRun, job: Job) -> tuple[Predictor, Calibration]:
     Raises:
         SpecmoeError: the file is damaged or was made for other horizons or another model.
     """
-    path = model_path(run, job)
+    path = regular_file(model_path(run, job))
     again = f"delete {path.parent} and run `specmoe train` again"
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -33,6 +33,7 @@ from specmoe.ensembling.weights import Opinions, fit_weights, gather, log_loss, 
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import Tally, evaluate
 from specmoe.files import disk_errors, sha256_file
+from specmoe.locks import writes
 from specmoe.predictors.base import Predictor
 from specmoe.results import METRIC_VERSION
 from specmoe.suite.data import SuiteData
@@ -55,6 +56,7 @@ class Mixed:
     check: Check
 
 
+@writes("ensemble")
 @one_thread()
 def ensemble(
     run: Path,

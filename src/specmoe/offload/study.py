@@ -15,6 +15,7 @@ import torch
 import specmoe
 from specmoe.errors import SpecmoeError
 from specmoe.files import disk_errors
+from specmoe.locks import writes
 from specmoe.offload.admission.registry import ADMISSIONS, parse_admission
 from specmoe.offload.bound import fewest_loads
 from specmoe.offload.cache import miss_ratio_curves
@@ -84,6 +85,7 @@ class Settings:
     prefill_chunk: int = 512
 
 
+@writes("simulate")
 def simulate_trace(
     trace: Path,
     out: Path,

@@ -8,6 +8,8 @@ sets; the data carry it as ``h``.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,7 @@ __all__ = [
     "finish",
     "horizon_scale",
     "interval_rows",
+    "is_figure",
     "over_ridge",
     "ranking",
     "ranking_figure",
@@ -38,6 +41,10 @@ __all__ = [
     "tooltips",
     "untrained",
 ]
+
+# How a figure is known again as one of ours: a text chunk of a PNG (its type and content), a comment of an SVG.
+_SIGNATURE_PNG, _SIGNATURE_SVG = b"tEXtSoftware\0specmoe", "<!-- specmoe -->"
+_PNG_END_BYTES, _TAIL_BYTES = 12, 64
 
 Row: TypeAlias = dict[str, Any]
 Spec: TypeAlias = dict[str, Any]
@@ -267,9 +274,27 @@ def ranking_figure(results: Results, path: Path) -> None:
 
     with atomic_path(path) as temporary:
         if kind == "png":
-            temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+            temporary.write_bytes(_signed_png(vl_convert.vegalite_to_png(spec, scale=2)))
         else:
-            temporary.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+            temporary.write_text(vl_convert.vegalite_to_svg(spec) + f"\n{_SIGNATURE_SVG}\n", encoding="utf-8")
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a file is a figure of :func:`ranking_figure`; never an error."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            tail = stream.read(_TAIL_BYTES)
+    except OSError:
+        return False
+    return _SIGNATURE_PNG in tail or _SIGNATURE_SVG.encode() in tail
+
+
+def _signed_png(picture: bytes) -> bytes:
+    """The same picture with a text chunk (PNG specification, 11.3.3.3) that says which software made it."""
+    chunk = struct.pack(">I", len(_SIGNATURE_PNG) - 4) + _SIGNATURE_PNG
+    chunk += struct.pack(">I", zlib.crc32(_SIGNATURE_PNG))
+    return picture[:-_PNG_END_BYTES] + chunk + picture[-_PNG_END_BYTES:]
 
 
 def interval_rows(result: PredictorResult, by_horizon: Mapping[int, Interval]) -> list[Row]:

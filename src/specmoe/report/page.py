@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,8 +17,9 @@ from specmoe.report.text import duration
 from specmoe.report.theme import DARK, LIGHT, vega_config
 from specmoe.results import Made, TraceFacts
 
-__all__ = ["Facts", "Figure", "as_script", "environment", "made_facts", "page_parts", "trace_facts"]
+__all__ = ["Facts", "Figure", "as_script", "environment", "is_page", "made_facts", "page_parts", "trace_facts"]
 
+_HEAD_BYTES = 4096
 # A heading, with names and values.
 Facts = tuple[str, list[tuple[str, str]]]
 
@@ -58,6 +60,15 @@ def made_facts(made: Made) -> Facts:
             *made.hardware.items(),
         ],
     )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of this package; never an error."""
+    try:
+        with path.open("rb") as stream:
+            return b'<meta name="generator" content="specmoe">' in stream.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def environment() -> Environment:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError, unknown_name
+from specmoe.files import regular_file
 from specmoe.sources.families import Family, family_of, not_certain, router_sites
 from specmoe.sources.model_shape import layer_order, tokenizer_hash, topology_of_model, weights_hash
 from specmoe.sources.refusals import not_loaded, other_shapes, refuse_without_experts
@@ -316,6 +317,8 @@ def _is_local(model: str) -> bool:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise SpecmoeError(f"{model} is not a model directory: it has no config.json")
+        for file in sorted(path.iterdir()):
+            regular_file(file)
         return True
     if path.exists() or model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise SpecmoeError(f"model {model} is not a directory; name a directory with a config.json, or a hub id")

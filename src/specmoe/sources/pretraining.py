@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from specmoe.checkpoint import load_checkpoint, save_checkpoint
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import write_json, write_text
+from specmoe.locks import writes
 from specmoe.sources.corpus import Document, standard_library, text_hash
 from specmoe.sources.families import Family, family_of, router_sites
 from specmoe.sources.model_card import model_card
@@ -74,6 +75,7 @@ class Progress:
     dead_experts: float
 
 
+@writes("pretrain")
 def pretrain(
     out: Path,
     config: PretrainConfig,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import HTML_PAGE, impostor
+from specmoe.files import HTML_PAGE, impostor, regular_file
 from specmoe.sources.corpus import Document
 from specmoe.sources.notes import Notes
 from specmoe.sources.rows import NoRows, Row, document_of, is_lines, is_rows, opened_text, rows_of, stem_of, storable
@@ -92,11 +92,16 @@ def _files(path: Path) -> Iterator[tuple[Path, Path | None]]:
     if not path.exists():
         raise SpecmoeError(f"text {path} does not exist")
     if not path.is_dir():
-        yield path, None
+        yield path if _is_open_pipe(path) else regular_file(path), None
         return
     for file in sorted(path.rglob("*")):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
             yield file, path
+
+
+def _is_open_pipe(path: Path) -> bool:
+    """Whether a shell has opened it for us, as with ``<(command)``; one by another name may never have a writer."""
+    return (path == Path("/dev/stdin") or path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))) and path.is_fifo()
 
 
 def _short_name(file: Path, root: Path | None) -> str:

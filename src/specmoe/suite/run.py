@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from specmoe.errors import SpecmoeError
+from specmoe.locks import at_work
 from specmoe.predictors.recipes import Recipes
 from specmoe.results import SeedResult
 from specmoe.suite.cut import Cut
@@ -81,6 +82,8 @@ def run_jobs(
             waiting.append(job)
         else:
             results[job] = done
+            for stale in job.folder(out).glob("checkpoint-*.safetensors"):  # Of other settings, and killed.
+                stale.unlink()
             on_event(JobEvent(job, result=done, reused=True))
     runner = _in_this_process if workers <= 1 or len(waiting) <= 1 else _in_workers
     for job, result in runner(waiting, trace, data, out, workers, device, on_event):
@@ -171,6 +174,7 @@ def _start_worker(
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    _worker["at_work"] = at_work(out)
     _worker.update(data=SuiteData.load(trace, horizons, cut, recipes, cache_experts), out=out, device=device, news=news)
 
 

@@ -16,6 +16,7 @@ import torch
 from specmoe.dataset import Split, split_documents
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import BOOTSTRAP_DRAWS, Ratios, Tally, by_horizon, paired_difference
+from specmoe.locks import writes
 from specmoe.metrics import budgets_of
 from specmoe.predictors.recipes import Recipes, kind_of
 from specmoe.results import Protocol, SeedResult
@@ -87,6 +88,7 @@ def with_companions(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((*names, *_COMPANIONS)))
 
 
+@writes("learning-curve")
 def learning_curve(
     trace: Path, out: Path, names: Sequence[str], conditions: Conditions, *, shares: Sequence[float] = SHARES
 ) -> LearningCurve:
@@ -154,6 +156,7 @@ def learning_curve(
     return study
 
 
+@writes("leave-one-domain-out")
 def leave_one_domain_out(trace: Path, out: Path, names: Sequence[str], conditions: Conditions) -> DomainStudy:
     """Keep each domain in turn out of training and validation and judge on it; writes ``out/domains.json``.
 
@@ -259,6 +262,7 @@ def _domains(trace: Trace) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     return domains, left_out
 
 
+@writes("train")
 def _run(trace: Path, out: Path, names: Sequence[str], cut: Cut, conditions: Conditions, said: str) -> _Done:
     """Run the jobs of one cut that are not done yet."""
     conditions.on_stage(said)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from specmoe.errors import SpecmoeError
 from specmoe.evaluation import Ratios, by_horizon, evaluate
+from specmoe.locks import writes
 from specmoe.predictors.recipes import Recipes
 from specmoe.predictors.registry import PREDICTORS
 from specmoe.results import ByHorizon, Results, TraceFacts
@@ -33,6 +34,7 @@ class Plan:
     skipped: dict[str, str]
 
 
+@writes("train")
 def train_suite(
     trace: Path,
     out: Path,
@@ -67,7 +69,7 @@ def train_suite(
 
     Raises:
         SpecmoeError: a damaged or too small trace, a full disk, no predictor can run on this trace, or ``out`` holds
-            results under other settings.
+            results under other settings or another run writes to it.
     """
     started = time.monotonic()
     commit()

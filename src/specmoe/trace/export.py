@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path
+from specmoe.files import atomic_path, may_replace, remove_leftovers
 from specmoe.trace.reader import Trace
 from specmoe.trace.record import Phase, RoutingRecord, field_shape
 
@@ -77,8 +77,10 @@ def export_trace(
         raise SpecmoeError(f"{out} is a folder; name a file")
     if out.exists() and not force:
         raise SpecmoeError(f"{out} exists; replace it with --force, or choose another --out")
+    may_replace(out, is_ours=lambda _: False, force=force, read=list(trace.directory.iterdir()))
     fields = [name for name in _OPTIONAL if name in trace.manifest.fields and (hidden or name != "hidden")]
     write = _write_parquet if format == "parquet" else _write_npz
+    remove_leftovers(out.parent, out.name)
     with atomic_path(out) as temporary:
         write(trace, temporary, fields, on_progress)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specmoe.files import regular_file
+
 __all__ = ["checksum", "header_sha256"]
 
 
@@ -18,8 +20,12 @@ def checksum(tensor: Tensor) -> int:
 
 
 def header_sha256(path: Path) -> str:
-    """SHA-256 of a safetensors file's header: an 8-byte length, then shapes, offsets and metadata as JSON."""
-    with path.open("rb") as stream:
+    """SHA-256 of a safetensors file's header: an 8-byte length, then shapes, offsets and metadata as JSON.
+
+    Raises:
+        SpecmoeError: it is no regular file.
+    """
+    with regular_file(path).open("rb") as stream:
         prefix = stream.read(8)
         # A damaged length must not make us read gigabytes.
         length = min(int.from_bytes(prefix, "little"), path.stat().st_size)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import random
 import weakref
 from collections.abc import Iterable
@@ -18,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path, sha256_file
+from specmoe.files import atomic_path, remove_leftovers, sha256_file
+from specmoe.locks import hold
 from specmoe.trace.integrity import checksum, header_sha256
 from specmoe.trace.manifest import (
     MANIFEST_NAME,
@@ -70,9 +69,12 @@ class TraceWriter:
         self._pending: list[_Pending] = []
         # One tensor per field, used again for every shard: fresh memory costs more than the copy into it.
         self._buffers: dict[str, Tensor] = {}
-        self._unlock = weakref.finalize(self, os.close, _lock(directory))
+        self._unlock = weakref.finalize(
+            self, hold(directory, "collect" if manifest.source.kind == "capture" else "import")
+        )
         self.written: set[str] = set()
         try:
+            remove_leftovers(directory)
             if (directory / MANIFEST_NAME).exists():
                 manifest = self._continue(manifest)
             self.manifest = manifest.model_copy(update={"complete": False})
@@ -90,12 +92,10 @@ class TraceWriter:
                 raise SpecmoeError(f"{self.directory} holds another trace ({name} differs); choose another --out")
         self.written = {document.doc_id for document in present.documents}
         named = {shard.file for shard in present.manifest.shards}
-        # What a kill left: a shard that no manifest names yet, and files that were never renamed (ours, and
-        # those that safetensors writes before it renames them to ours).
-        for pattern in ("shard-*.safetensors", ".*.tmp", ".tmp*"):
-            for orphan in self.directory.glob(pattern):
-                if orphan.name not in named:
-                    orphan.unlink()
+        # What a kill left: a shard that no manifest names yet.
+        for orphan in self.directory.glob("shard-*.safetensors"):
+            if orphan.name not in named:
+                orphan.unlink()
         kept = {name: getattr(present.manifest, name) for name in ("shards", "routers_sha256")}
         return manifest.model_copy(update={**kept, "timing": present.manifest.timing or manifest.timing})
 
@@ -232,23 +232,6 @@ class TraceWriter:
     def _update(self, **changes: object) -> None:
         self.manifest = self.manifest.model_copy(update=changes)
         self.manifest.save(self.directory)
-
-
-def _lock(directory: Path) -> int:
-    """Keep other processes from writing to ``directory``, until the descriptor returned is closed."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise SpecmoeError(f"cannot write {directory}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise SpecmoeError(
-            f"another process is writing to {directory}; wait for it, or choose another --out"
-        ) from error
-    return descriptor
 
 
 def keeps_hidden(doc_id: str, keep: str) -> bool:

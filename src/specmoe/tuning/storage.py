@@ -6,7 +6,6 @@ cannot keep. A line that was cut off is taken out at the next start.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from specmoe.errors import SpecmoeError
-from specmoe.files import atomic_path
+from specmoe.files import atomic_path, regular_file
+from specmoe.locks import take
 
 __all__ = ["OUTCOME", "ask_again_for_interrupted", "at_work", "counted", "mend", "only_search", "open_study"]
 
@@ -40,7 +40,7 @@ class _Lock(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         self._stream = self._path.open("ab")
-        fcntl.flock(self._stream, fcntl.LOCK_EX)
+        take(self._stream.fileno(), wait=True)
         return True
 
     def release(self) -> None:
@@ -70,7 +70,7 @@ def mend(out: Path) -> int:
     path = out / JOURNAL
     if not path.exists():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = regular_file(path).read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n") and _is_json(line)]
     if len(whole) < len(lines):
         with atomic_path(path) as temporary:
@@ -93,30 +93,21 @@ def only_search(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".search.lock").open("ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SpecmoeError(f"another search is at work in {out}; wait for it or choose another --out") from error
+        if not take(stream.fileno()):
+            raise SpecmoeError(f"another search is at work in {out}; wait for it or choose another --out")
         with (out / ".workers.lock").open("ab") as workers:
             deadline = time.monotonic() + _ORPHAN_SECONDS
-            while not _locked(workers):
+            while not take(workers.fileno()):
                 if time.monotonic() > deadline:
                     raise SpecmoeError(f"workers of an earlier search are still at work in {out}; end them first")
                 time.sleep(0.1)
         yield
 
 
-def _locked(stream: IO[bytes]) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
 def at_work(out: Path) -> IO[bytes]:
     """Show that a worker lives, for as long as the stream that is returned is open."""
     stream = (out / ".workers.lock").open("ab")
-    fcntl.flock(stream, fcntl.LOCK_SH)
+    take(stream.fileno(), shared=True, wait=True)
     return stream
 
 

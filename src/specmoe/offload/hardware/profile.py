@@ -16,7 +16,7 @@ from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import read_json, write_json
 from specmoe.topology import Topology
 
-__all__ = ["Compute", "Hardware", "Link", "ModelCost", "load_hardware", "ready_hardware"]
+__all__ = ["Compute", "Hardware", "Link", "ModelCost", "is_profile", "load_hardware", "ready_hardware"]
 
 _FORMAT, _VERSION = "specmoe-hardware", 1
 
@@ -159,6 +159,15 @@ class Hardware(_Data):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise SpecmoeError(f"{path} is damaged: {place}: {first['msg']}; put it right, or {again}") from error
+
+
+def is_profile(path: Path) -> bool:
+    """Whether a file is a profile, of whatever version; never an error."""
+    try:
+        content = read_json(path)
+    except SpecmoeError:
+        return False
+    return isinstance(content, dict) and content.get("format") == _FORMAT
 
 
 def ready_hardware() -> dict[str, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specmoe.files import write_json, write_text
+from specmoe.locks import writes
 from specmoe.offload.admission.registry import parse_admission
 from specmoe.offload.demand import Demand
 from specmoe.offload.prefetchers.predictions import Predictions
@@ -39,6 +40,7 @@ class Judged:
         return {**content, "evidence": self.evidence.model_dump(mode="json")}
 
 
+@writes("verdict")
 def judge(
     trace: Path,
     out: Path,

@@ -7,7 +7,9 @@ up. ``docs/trace-formats.md`` has a field table for every importer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,14 @@ __all__ = [
     "ImportedDocument",
     "Importer",
     "content_hash",
+    "files_below",
     "files_of",
     "fingerprint",
     "topology_of",
+    "written_to",
 ]
+
+_written_to: ContextVar[Path | None] = ContextVar("written_to", default=None)
 
 # What stands in ``token_ids`` where a format does not say which token it was.
 UNKNOWN_TOKEN = -1
@@ -180,12 +186,29 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
     if not path.is_dir():
         return [path]
     packed = tuple(f"{suffix}.gz" for suffix in suffixes if suffix in _TEXT_SUFFIXES)
-    found = sorted(
-        file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith((*suffixes, *packed))
-    )
+    found = [file for file in files_below(path) if file.name.lower().endswith((*suffixes, *packed))]
     if not found:
         raise SpecmoeError(f"{path} holds no {' or '.join(suffixes)} file")
     return found
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """While an import writes to ``out``, nothing in there is part of what is imported."""
+    token = _written_to.set(out.resolve())
+    try:
+        yield
+    finally:
+        _written_to.reset(token)
+
+
+def files_below(path: Path) -> list[Path]:
+    """All files anywhere below a folder, sorted by name, but none of the trace that is being written there."""
+    out = _written_to.get()
+    if out is None or path.resolve() not in out.parents:
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    inside = path / out.relative_to(path.resolve())
+    return sorted(file for file in path.rglob("*") if inside not in file.parents and file.is_file())
 
 
 def content_hash(record: RoutingRecord) -> str:
@@ -203,7 +226,6 @@ def fingerprint(path: Path) -> str:
     if path.is_file():
         return sha256_file(path)
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)}\0{sha256_file(file)}\0".encode())
+    for file in files_below(path):
+        digest.update(f"{file.relative_to(path)}\0{sha256_file(file)}\0".encode())
     return digest.hexdigest()

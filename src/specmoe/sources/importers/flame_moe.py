@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from specmoe.errors import SpecmoeError
+from specmoe.files import regular_file
 from specmoe.sources.importers.arrays import IdSurvey, float_rows, id_rows, opened, token_rows
 from specmoe.sources.importers.base import ForeignTrace, ImportedDocument, Importer, ImportOptions, topology_of
 from specmoe.sources.importers.parquet import column_maximum, list_rows, number_rows, open_parquet
@@ -83,7 +84,9 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _layer_files(folder: Path) -> dict[int, Path]:
-    found = {int(match[1]): file for file in folder.iterdir() if (match := _LAYER_FILE.fullmatch(file.name))}
+    found = {
+        int(match[1]): regular_file(file) for file in folder.iterdir() if (match := _LAYER_FILE.fullmatch(file.name))
+    }
     if not found:
         raise SpecmoeError(f"{folder} holds no layer_NN.parquet")
     return dict(sorted(found.items()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from specmoe.errors import SpecmoeError, unknown_name
-from specmoe.files import impostor
+from specmoe.files import impostor, regular_file
 from specmoe.sources.importers import (
     bigmoeonedge,
     colibri_route_trace,
@@ -25,7 +25,15 @@ from specmoe.sources.importers import (
     table_rows,
 )
 from specmoe.sources.importers._streams import first_bytes, scratch
-from specmoe.sources.importers.base import ForeignTrace, Importer, ImportOptions, content_hash, fingerprint
+from specmoe.sources.importers.base import (
+    ForeignTrace,
+    Importer,
+    ImportOptions,
+    content_hash,
+    files_below,
+    fingerprint,
+    written_to,
+)
 from specmoe.sources.importers.cleaning import Cleaning
 from specmoe.trace import Manifest, Source, TraceWriter
 
@@ -64,7 +72,7 @@ def recognise(path: Path) -> Importer:
     """
     head = b""
     try:
-        if not path.is_dir():
+        if not regular_file(path).is_dir():
             head = first_bytes(path, _HEAD_BYTES)
     except OSError as error:
         raise SpecmoeError(f"{path} cannot be read: {error.strerror}") from error
@@ -98,22 +106,26 @@ def import_trace(
 
     Raises:
         SpecmoeError: the file is missing, damaged, of another format, or holds no token; a full disk; or ``out``
-            holds another trace.
+            holds another trace, or is ``path``.
     """
     if format is not None and format not in IMPORTERS:
         raise unknown_name("format", format, IMPORTERS)
     if not path.exists():
         raise SpecmoeError(f"{path} does not exist")
-    try:
-        return _imported(path, out, format, options or ImportOptions(), on_progress)
-    except SpecmoeError as error:
-        # Whatever an importer says of a file that is none, this says more; of an empty one it may say more itself.
-        _refuse_impostors(file for file in _below(path) if file.name in str(error) and file.stat().st_size)
-        raise
+    regular_file(path)
+    if path.resolve() == out.resolve():
+        raise SpecmoeError(f"{out} is what is imported; choose another --out, within it or elsewhere")
+    with written_to(out):
+        try:
+            return _imported(path, out, format, options or ImportOptions(), on_progress)
+        except SpecmoeError as error:
+            # Whatever an importer says of a file that is none, this says more; of an empty one it may say more itself.
+            _refuse_impostors(file for file in _below(path) if file.name in str(error) and file.stat().st_size)
+            raise
 
 
 def _below(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return files_below(path) if path.is_dir() else [path]
 
 
 def _refuse_impostors(files: Iterable[Path]) -> None:
