@@ -31,6 +31,7 @@ from specmoe.cli import (
     verdict,
 )
 from specmoe.errors import SpecmoeError
+from specmoe.memory import ran_out
 
 __all__ = ["app", "main", "run_verb"]
 
@@ -106,11 +107,16 @@ def run_verb(arguments: list[str]) -> int:
     try:
         code = app(arguments, standalone_mode=False) or 0
     except SpecmoeError as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return _refuse(str(error))
     except _UsageError as error:
-        error.show()
-        return 2
+        return _refuse(f"{error.format_message().rstrip('.')}; see: specmoe {_verb_of(error)}--help")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        return _refuse(
+            "memory ran out; lower what is held at once (--workers, --batch, --horizons, --max-tokens, "
+            "--tokens-per-document, the window of a recipe), or take a machine with more"
+        )
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except BrokenPipeError:
@@ -121,6 +127,20 @@ def run_verb(arguments: list[str]) -> int:
     if code == _INTERRUPTED:
         _say("interrupted; run the same command again to continue")
     return code
+
+
+def _refuse(message: str) -> int:
+    """Say in one line what the user can put right; returns the exit code."""
+    _say(f"error: {' '.join(message.split())}")
+    return 2
+
+
+def _verb_of(error: Any) -> str:
+    """The verb whose options an error is about and a space; empty where there is none yet."""
+    context, names = getattr(error, "ctx", None), ""
+    while context is not None and context.parent is not None:
+        context, names = context.parent, f"{context.info_name} {names}"
+    return names
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, print_json
+from specmoe.cli.options import LARGEST_EXPERT, AsJson, print_json
 
 if TYPE_CHECKING:
     from specmoe.offload.hardware.profile import Hardware
@@ -70,7 +70,8 @@ def measure(
         Path | None, typer.Option(help="On the disk that would hold the experts; default: where --out lies.")
     ] = None,
     expert_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Also read in this size; default: that of --model's experts.")
+        int | None,
+        typer.Option(min=1, max=LARGEST_EXPERT, help="Also read in this size; default: that of --model's experts."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Directory, hub id or 'bundled': time its layers and experts too.")

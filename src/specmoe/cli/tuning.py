@@ -16,6 +16,7 @@ from specmoe.cli.options import (
     RecipeFile,
     TracePath,
     Workers,
+    finite,
     parse_horizons,
     print_json,
     resolve_device,
@@ -39,14 +40,18 @@ def tune(
     trace: TracePath,
     only: Annotated[list[str], typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")],
     out: Out,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier runs among them.")] = 20,
+    trials: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Trials in all, those of earlier runs among them.")
+    ] = 20,
     workers: Workers = None,
     horizons: Horizons = "1-4",
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial is begun.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Seconds after which no trial is begun.")
+    ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the best recipe into OUT/recipes.json.")] = False,
     recipes: RecipeFile = None,
     preset: PresetName = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the proposals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=4000, help="Of the weights and of the proposals.")] = 0,
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:
