@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
+from specmoe.offload.compiled import keeping
 from specmoe.topology import Topology
 from specmoe.trace import Trace
 from specmoe.trace.record import Phase
@@ -197,7 +197,7 @@ def _steps(
     return step_N, group_N
 
 
-@numba.njit(cache=True)
+@keeping()
 def _merge(
     ids_NLK: NDArray[np.int16], first_J: NDArray[np.int64], experts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
@@ -232,7 +232,7 @@ def _merge(
     return starts, keys[:total].copy(), tokens[:total].copy()
 
 
-@numba.njit(cache=True)
+@keeping()
 def _next_uses(keys_M: NDArray[np.int32], starts_V: NDArray[np.int64], keys: int) -> NDArray[np.int64]:
     events = len(starts_V) - 1
     upcoming = np.full(keys, events, dtype=np.int64)
