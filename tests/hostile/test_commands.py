@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from results_fixture import full_results
 from specmoe.cli import options, run_verb
+from specmoe.offload.hardware.profile import ready_hardware
 from specmoe.topology import LARGEST_EXPERT, Topology
 from specmoe.trace import Manifest, RoutingRecord, Source, TraceWriter
 
@@ -108,7 +110,81 @@ NUMBERS = [
     Case("an option that is not there", f"{SIMULATE} --batches 4", ("--batches", "see: specmoe simulate --help")),
 ]
 
-CASES = [*SIZES, *NUMBERS]
+
+def results(old: str = "", new: str = "", change: Callable[[Any], object] = lambda content: None) -> Any:
+    """A sound results file in ``folder/r.json`` with a change made to its content, then to its text."""
+
+    def make(folder: Path) -> None:
+        content = json.loads(full_results().model_dump_json())
+        change(content)
+        text = json.dumps(content)
+        assert old in text
+        (folder / "r.json").write_text(text.replace(old, new, 1))
+
+    return make
+
+
+def profile(**changes: Any) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        content = json.loads(ready_hardware()["rtx-4090"].read_text())
+        content["links"][0].update({name: value for name, value in changes.items() if name in content["links"][0]})
+        content.update({name: value for name, value in changes.items() if name not in content["links"][0]})
+        # Python writes infinity as Infinity; a number that becomes it is what others write.
+        (folder / "h.json").write_text(json.dumps(content).replace('"HUGE"', "1e400"))
+
+    return make
+
+
+REPORT = "report {d}/r.json --html {d}/p.html"
+HARDWARE = "hardware show {d}/h.json"
+
+FILES = [
+    Case("NaN in results", REPORT, ("r.json", "NaN"), results('"value": 0', '"value": NaN, "x": 0')),
+    Case("infinity in results", REPORT, ("r.json", "-Infinity"), results('"value": 0', '"value": -Infinity, "x": 0')),
+    Case("1e400 in results", REPORT, ("r.json", "1e400"), results('"value": 0', '"value": 1e400, "x": 0')),
+    Case("NaN where anything may stand", REPORT, ("r.json", "NaN"),
+         results(change=lambda c: c["trace"].update(source={"x": float("nan")}))),
+    Case("an integer that no float holds", REPORT, ("r.json", "damaged at"),
+         results(change=lambda c: c["controls"][0].update(value=10**400))),
+    Case("no horizon", REPORT, ("protocol.horizons", "at least 1 item"),
+         results(change=lambda c: c["protocol"].update(horizons=[]))),
+    Case("a horizon of none", REPORT, ("protocol.horizons.0", "greater than or equal to 1"),
+         results(change=lambda c: c["protocol"]["horizons"].__setitem__(0, 0))),
+    Case("half a character", REPORT, ("r.json", "surrogates not allowed"),
+         results(change=lambda c: c["predictors"][0].update(name="\ud800"))),
+    Case("a ragged table", REPORT, ("per_layer", "not of 4 horizons"),
+         results(change=lambda c: c["predictors"][0]["per_layer"][1].pop())),
+    Case("sums of other documents", REPORT, ("document_sums recall@K", "documents"),
+         results(change=lambda c: next(iter(c["predictors"][0]["document_sums"].values()))[0].pop())),
+    Case("fewer than no parameter", REPORT, ("parameters", "greater than or equal to 0"),
+         results(change=lambda c: c["predictors"][0].update(parameters=-1))),
+    Case("fewer than no token", REPORT, ("trace.tokens", "greater than or equal to 0"),
+         results(change=lambda c: c["trace"].update(tokens=-1))),
+    Case("no metric version", REPORT, ("does not say under which metric version",),
+         results(change=lambda c: c["protocol"].pop("metric_version"))),
+    Case("a metric version in words", REPORT, ("metric version '2'", "has version 2"),
+         results(change=lambda c: c["protocol"].update(metric_version="2"))),
+    Case("an infinite rate", HARDWARE, ("h.json", "1e400"), profile(bandwidth="HUGE")),
+    Case("a rate of NaN", HARDWARE, ("h.json", "NaN"), profile(bandwidth=float("nan"))),
+    Case("a rate that times overflow with", HARDWARE, ("links.0.bandwidth", "greater than or equal"),
+         profile(bandwidth=1e-300)),
+    Case("a cost beyond all times", HARDWARE, ("links.0.latency", "less than or equal"), profile(latency=1e300)),
+    Case("a version in words", HARDWARE, ("version '1'", "reads 1"), profile(version="1")),
+    Case("NaN in a recipe", f"{TRAIN} --recipes {{d}}/r.json", ("r.json", "NaN"), recipe(dropout=float("nan"))),
+    Case("an integer in a recipe that no float holds", f"{TRAIN} --recipes {{d}}/r.json", ("clip", "must be"),
+         recipe(clip=-(10**400))),
+    Case("a trace's version in words", "validate {d}/t", ("version '1'", "reads version 1"),
+         lambda folder: (traced(folder), reversioned(folder / "t"))),
+    Case("NaN in what a simulation left", "simulate {t} --out {d} --expert-bytes 1000", ("simulation.json", "NaN"),
+         lambda folder: (folder / "simulation.json").write_text('{"format": "specmoe-simulation", "x": NaN}')),
+]  # fmt: skip
+
+CASES = [*SIZES, *NUMBERS, *FILES]
+
+
+def reversioned(trace: Path) -> None:
+    path = trace / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": "1"'))
 
 
 def edited(trace: Path, **changes: Any) -> None:
@@ -191,6 +267,30 @@ def test_another_runtime_error_is_not_taken_for_memory(monkeypatch: pytest.Monke
 
 def test_the_largest_expert_is_the_same_for_options_and_topologies() -> None:
     assert options.LARGEST_EXPERT == LARGEST_EXPERT
+
+
+def test_no_model_of_a_file_takes_nan_or_infinity() -> None:
+    from pydantic import ValidationError
+
+    from specmoe.ensembling.outcome import EnsembleResult
+    from specmoe.offload.hardware.profile import Hardware
+    from specmoe.offload.results import Gain, SimulationResults
+    from specmoe.offload.verdict.sensitivity import Sensitivity
+    from specmoe.results import Interval, Results, SeedResult
+    from specmoe.schema import FileModel
+    from specmoe.suite.study_results import DomainStudy, LearningCurve
+    from specmoe.tuning.outcome import Outcome, Search
+
+    read = (EnsembleResult, Hardware, SimulationResults, Sensitivity, Results, SeedResult, DomainStudy, LearningCurve)
+    for kind in (*read, Search, Gain):
+        assert issubclass(kind, FileModel), kind
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValidationError, match="finite"):
+            Interval(value=value, low=0, high=1)
+        with pytest.raises(ValidationError, match="finite"):
+            SeedResult(seed=0, recall={"test": {1: value}})
+        with pytest.raises(ValidationError, match="finite"):
+            Outcome(number=0, state="complete", values={}, recall=value)
 
 
 def test_measuring_a_predictor_draws_nothing_and_gives_its_bytes() -> None:
