@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ from specmoe.cli import (
     validating,
     verdict,
 )
+from specmoe.cli.terminal import guarded_output, shown
 from specmoe.errors import SpecmoeError
 from specmoe.memory import ran_out
 
@@ -83,7 +85,13 @@ def _options(
 def main() -> None:
     """Entry point of the ``specmoe`` command."""
     _hush_dependencies()
-    sys.exit(run_verb(sys.argv[1:]))
+    code = run_verb(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # It was said already. What could not be written is dropped, or the interpreter would fail on it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def _hush_dependencies() -> None:
@@ -105,10 +113,13 @@ def run_verb(arguments: list[str]) -> int:
     Errors that the user can put right end in one line on standard error and code 2, Ctrl-C in code 130.
     """
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        with guarded_output():
+            code = app(arguments, standalone_mode=False) or 0
     except SpecmoeError as error:
         return _refuse(str(error))
     except _UsageError as error:
+        if not error.format_message():  # Nothing was asked for, and the help has been printed.
+            return 2
         return _refuse(f"{error.format_message().rstrip('.')}; see: specmoe {_verb_of(error)}--help")
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
@@ -131,7 +142,7 @@ def run_verb(arguments: list[str]) -> int:
 
 def _refuse(message: str) -> int:
     """Say in one line what the user can put right; returns the exit code."""
-    _say(f"error: {' '.join(message.split())}")
+    _say(f"error: {shown(' '.join(message.split()))}")
     return 2
 
 
@@ -144,4 +155,5 @@ def _verb_of(error: Any) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # A full disk behind it: the exit code is all that is left to tell.
+        print(text, file=sys.stderr, flush=True)

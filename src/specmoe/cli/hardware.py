@@ -26,9 +26,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(json: AsJson = False) -> None:
     """Every ready profile with its links and its device."""
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.offload.hardware.profile import load_hardware, ready_hardware
 
     profiles = [load_hardware(name) for name in ready_hardware()]
@@ -47,7 +47,7 @@ def list_(json: AsJson = False) -> None:
             f"{profile.compute.memory_bandwidth / 1e9:,.4g}",
             f"{profile.compute.flops / 1e12:,.4g}",
         )
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def show(

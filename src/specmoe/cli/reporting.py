@@ -24,6 +24,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Show results again: the table here, the page as a file."""
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.report.charts import ranking_figure
     from specmoe.report.html import write_report
     from specmoe.report.terminal import print_results
@@ -37,5 +38,5 @@ def report(
     if json:
         print_json(loaded.model_dump(mode="json"))
         return
-    print_results(loaded)
+    print_results(loaded, SafeConsole())
     typer.echo(f"\nreport: {page}")

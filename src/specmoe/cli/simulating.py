@@ -164,8 +164,8 @@ def hardware_of(name: str, bandwidth: float | None, latency: float | None) -> tu
 
     hardware, changed, update = load_hardware(name), [], {}
     if bandwidth is not None:
-        if not 0 < bandwidth < 1e9:
-            raise SpecmoeError(f"--bandwidth {bandwidth:g}: give GB/s above 0")
+        if not 1e-9 <= bandwidth < 1e9:
+            raise SpecmoeError(f"--bandwidth {bandwidth:g}: give GB/s above 0 (0.000000001 is one byte a second)")
         update["bandwidth"] = bandwidth * 1e9
         changed.append(f"bandwidth of the link into the device: {bandwidth:g} GB/s")
     if latency is not None:
@@ -178,9 +178,9 @@ def hardware_of(name: str, bandwidth: float | None, latency: float | None) -> tu
 
 
 def _tell(results: SimulationResults) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.offload.words import found, run_table
 
     columns, rows = run_table(results)
@@ -189,9 +189,9 @@ def _tell(results: SimulationResults) -> None:
         table.add_column(column, justify="left" if place < 3 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = SafeConsole()
     # In a pipe nothing may be cut to the width of a terminal that is not there.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else SafeConsole(width=200)).print(table)
     typer.echo("\n".join(found(results)))
 
 

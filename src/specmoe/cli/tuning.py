@@ -140,9 +140,9 @@ class _View:
 
 
 def _print(search: Search) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.tuning import evidence_in_words, gain_in_words
 
     table = Table(title=f"{search.predictor}: validation recall@K, mean over horizons")
@@ -157,7 +157,7 @@ def _print(search: Search) -> None:
         name = "in force" if trial.in_force else str(trial.number)
         cells = (f"{100 * (trial.recall or 0):.2f} %", f"{trial.best_epoch} of {trial.epochs}", f"{trial.seconds:.0f}")
         table.add_row(name, *cells, said or "–")
-    Console().print(table)
+    SafeConsole().print(table)
     states = [trial.state for trial in search.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
     again = f"; {search.interrupted} interrupted and tried again" if search.interrupted else ""
