@@ -61,7 +61,7 @@ def validated(kind: type[Model], content: Any, path: Path) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
+        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def check_metric_version(content: dict[str, Any], path: Path, again: str) -> None:

@@ -152,7 +152,7 @@ FILES = [
          results(change=lambda c: c["protocol"]["horizons"].__setitem__(0, 0))),
     Case("half a character", REPORT, ("r.json", "surrogates not allowed"),
          results(change=lambda c: c["predictors"][0].update(name="\ud800"))),
-    Case("a ragged table", REPORT, ("per_layer", "not of 4 horizons"),
+    Case("a ragged table", REPORT, ("damaged at the whole: per_layer", "not of 4 horizons"),
          results(change=lambda c: c["predictors"][0]["per_layer"][1].pop())),
     Case("sums of other documents", REPORT, ("document_sums recall@K", "documents"),
          results(change=lambda c: next(iter(c["predictors"][0]["document_sums"].values()))[0].pop())),
@@ -179,7 +179,16 @@ FILES = [
          lambda folder: (folder / "simulation.json").write_text('{"format": "specmoe-simulation", "x": NaN}')),
 ]  # fmt: skip
 
-CASES = [*SIZES, *NUMBERS, *FILES]
+TRACES = [
+    Case("a trace in which nothing is routed", "simulate {d}/t --out {o} --expert-bytes 1000",
+         ("no token of these documents is routed",), lambda folder: traced(folder, nothing=True)),
+    Case("the same in one step", "simulate {d}/t --out {o} --expert-bytes 1000 --documents all --replay trace",
+         ("no token of these documents is routed",), lambda folder: traced(folder, nothing=True)),
+    Case("the same of verdict", "verdict {d}/t --out {o} --expert-bytes 1000",
+         ("no token of these documents is routed",), lambda folder: traced(folder, nothing=True)),
+]  # fmt: skip
+
+CASES = [*SIZES, *NUMBERS, *FILES, *TRACES]
 
 
 def reversioned(trace: Path) -> None:

@@ -105,8 +105,8 @@ class Demand:
             prefill_chunk: prompt tokens of a sequence that are run in one step, at most.
 
         Raises:
-            SpecmoeError: nothing to replay, an argument that cannot be, or a looped transformer, whose layers run
-                several times with the same experts.
+            SpecmoeError: nothing to replay, no token that is routed, an argument that cannot be, or a looped
+                transformer, whose layers run several times with the same experts.
         """
         if "layer_order" in trace.manifest.source.settings:
             raise SpecmoeError(
@@ -114,7 +114,7 @@ class Demand:
                 "run's experts as others, so such a trace cannot be simulated yet; it can be trained on and judged"
             )
         records = [trace.read(index, ()) for index in documents]
-        return cls.of_records(
+        demand = cls.of_records(
             trace.topology,
             [record.expert_ids.numpy() for record in records],
             [record.phase.numpy() for record in records],
@@ -122,6 +122,12 @@ class Demand:
             batch=batch,
             prefill_chunk=prefill_chunk,
         )
+        if not demand.accesses:
+            raise SpecmoeError(
+                f"no token of these documents is routed to an expert ({trace.directory}), so there is nothing to load; "
+                "see specmoe validate, and collect or import it again"
+            )
+        return demand
 
     @classmethod
     def of_records(
