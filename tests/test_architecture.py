@@ -12,7 +12,7 @@ ROOT = Path(specmoe.__file__).parent
 # From the source of the data to what people see of it. A module may import from its own and earlier rows.
 ORDER = [
     ("errors",),
-    ("files", "locks", "topology"),
+    ("files", "locks", "topology", "memory", "schema"),
     ("checkpoint", "threads"),
     ("trace",),
     ("sources",),

@@ -160,6 +160,7 @@ def test_other_horizons_need_one_that_both_have(
     content["protocol"][names[0]] = list(numbers)
     content["test_documents"]["events"] = [[row[i] for i in keep] for row in content["test_documents"]["events"]]
     for predictor in content["predictors"]:
+        predictor["per_layer"] = [[row[i] for i in keep] for row in predictor["per_layer"]]
         predictor["document_sums"] = {
             metric: [[[row[i] for i in keep] for row in seed] for seed in seeds]
             for metric, seeds in predictor["document_sums"].items()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specmoe.errors import SpecmoeError
+from specmoe.memory import check_fits
 from specmoe.topology import Topology
 from specmoe.trace import DocumentRecord, Trace
 
@@ -246,6 +247,13 @@ class Windows:
         pieces = [(index, start) for index in documents for start in range(0, trace.documents[index].tokens, length)]
         count, span = len(pieces), length + context
         layers, experts, top_k = self.topology.layers, self.topology.experts, self.topology.top_k
+        of_layer = 2 * top_k + (8 * experts if self.soft else 4 * top_k if "gate_weights" in fields else 0)
+        of_layer += 4 * self.topology.hidden_size if "hidden" in fields else 0
+        check_fits(
+            count * span * (layers * of_layer + 18),
+            f"{count:,} windows of {span:,} tokens, {layers} layers × {experts} experts,",
+            "lower the recipe's window, or collect fewer or shorter documents",
+        )
         self.token_ids = torch.zeros(count, span, dtype=torch.long)
         self.phase = torch.zeros(count, span, dtype=torch.long)
         self.valid = torch.zeros(count, span, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -288,16 +289,31 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        SpecmoeError: the file is missing, no regular file or not JSON.
+        SpecmoeError: the file is missing, no regular file or not JSON, or holds NaN, infinity or half a character (a
+            lone surrogate).
     """
     regular_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        # Half a character, which Python reads and no file or terminal takes.
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except FileNotFoundError as error:
         raise SpecmoeError(f"{path} does not exist") from error
     except (OSError, ValueError, RecursionError) as error:
         found = impostor(path)
         raise SpecmoeError(f"{path} cannot be read as JSON: {f'it {found}' if found else error}") from error
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"it holds {text}, which is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def sha256_file(path: Path) -> str:

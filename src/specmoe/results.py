@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
+from specmoe.schema import FileModel
 from specmoe.topology import Topology
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "SplitFacts",
     "TestDocuments",
     "TraceFacts",
+    "check_metric_version",
     "validated",
 ]
 
@@ -33,11 +35,11 @@ __all__ = [
 METRIC_VERSION = 2
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+_Count = Annotated[int, Field(ge=0)]
+_Horizon = Annotated[int, Field(ge=1, le=1024)]
 
 
-class Interval(_Model):
+class Interval(FileModel):
     """An estimate with its 95 % bootstrap interval (equal to the estimate where it cannot be drawn)."""
 
     value: float
@@ -58,15 +60,36 @@ def validated(kind: type[Model], content: Any, path: Path) -> Model:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg']}") from error
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise SpecmoeError(f"{path} is damaged at {place}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def check_metric_version(content: dict[str, Any], path: Path, again: str) -> None:
+    """Refuse what was made under other definitions of the metrics, or does not say under which.
+
+    Args:
+        content: of a results file, not yet checked. again: what makes it anew.
+
+    Raises:
+        SpecmoeError: it is of another version; nothing is said of a file without a protocol.
+    """
+    protocol = content.get("protocol")
+    if not isinstance(protocol, dict):
+        return
+    if "metric_version" not in protocol:
+        raise SpecmoeError(f"{path} does not say under which metric version it was made: {again}")
+    version = protocol["metric_version"]
+    if version != METRIC_VERSION:
+        raise SpecmoeError(
+            f"{path} was made under metric version {version!r}, this specmoe has version {METRIC_VERSION}: {again}"
+        )
 
 
 # Horizon → interval; JSON keys are strings, so "1" stands for horizon 1.
 ByHorizon = dict[int, Interval]
 
 
-class Epoch(_Model):
+class Epoch(FileModel):
     """One point of a learning curve. Losses in nats an event, recall@K over all horizons (0 to 1)."""
 
     epoch: int
@@ -76,7 +99,7 @@ class Epoch(_Model):
     learning_rate: float
 
 
-class SeedResult(_Model):
+class SeedResult(FileModel):
     """One training run.
 
     Attributes:
@@ -96,15 +119,15 @@ class SeedResult(_Model):
     recall: dict[str, dict[int, float]] = Field(default_factory=dict)
 
 
-class CalibrationBin(_Model):
+class CalibrationBin(FileModel):
     """Experts whose predicted probability of being among the K lies in one bin."""
 
     predicted: float
     observed: float
-    count: int
+    count: _Count
 
 
-class Latency(_Model):
+class Latency(FileModel):
     """Time of one ``step`` at batch 1 on one thread, in µs.
 
     Attributes:
@@ -113,11 +136,11 @@ class Latency(_Model):
 
     p50_us: float
     p99_us: float
-    events: int
+    events: _Count
     compiled: bool = False
 
 
-class PredictorResult(_Model):
+class PredictorResult(FileModel):
     """Everything measured of one predictor.
 
     Attributes:
@@ -149,7 +172,7 @@ class PredictorResult(_Model):
     needs: tuple[str, ...]
     source: str
     learned: bool
-    parameters: int
+    parameters: _Count
     recipe: dict[str, Any] = Field(default_factory=dict)
     status: Literal["ok", "skipped", "failed"] = "ok"
     reason: str = ""
@@ -166,7 +189,7 @@ class PredictorResult(_Model):
     latency: Latency | None = None
 
 
-class Control(_Model):
+class Control(FileModel):
     """A check whose outcome is known beforehand.
 
     Attributes:
@@ -182,7 +205,7 @@ class Control(_Model):
     note: str = ""
 
 
-class Journey(_Model):
+class Journey(FileModel):
     """The experts that one stretch of a test document visits, and which were foreseen.
 
     Attributes:
@@ -198,31 +221,31 @@ class Journey(_Model):
     predictions: dict[str, dict[int, tuple[tuple[tuple[int, ...] | None, ...], ...]]]
 
 
-class TraceFacts(_Model):
+class TraceFacts(FileModel):
     """The trace that was used."""
 
     name: str
     fingerprint: str
     topology: Topology
-    tokens: int
-    documents: int
-    domains: int
+    tokens: _Count
+    documents: _Count
+    domains: _Count
     fields: tuple[str, ...]
     source: dict[str, Any]
     layer_us_p50: float | None = None
 
 
-class SplitFacts(_Model):
+class SplitFacts(FileModel):
     """The split: its hash and seed, and documents and tokens of each part."""
 
     hash: str
     seed: int
-    documents: dict[str, int]
-    tokens: dict[str, int]
+    documents: dict[str, _Count]
+    tokens: dict[str, _Count]
     held_out_domain: str | None = None
 
 
-class TestDocuments(_Model):
+class TestDocuments(FileModel):
     """The documents of the test part, in the order in which every ``document_sums`` has them.
 
     Attributes:
@@ -234,11 +257,11 @@ class TestDocuments(_Model):
     __test__ = False  # Not a test, whatever its name begins with.
 
     ids: tuple[str, ...] = ()
-    events: tuple[tuple[int, ...], ...] = ()
-    cold: tuple[tuple[int, ...], ...] = ()
+    events: tuple[tuple[_Count, ...], ...] = ()
+    cold: tuple[tuple[_Count, ...], ...] = ()
 
 
-class Protocol(_Model):
+class Protocol(FileModel):
     """How it was judged.
 
     Attributes:
@@ -249,14 +272,14 @@ class Protocol(_Model):
     """
 
     metric_version: int = METRIC_VERSION
-    horizons: tuple[int, ...]
-    budgets: dict[str, int]
+    horizons: tuple[_Horizon, ...] = Field(min_length=1)
+    budgets: dict[str, _Count]
     seeds: tuple[int, ...]
-    bootstrap_draws: int
+    bootstrap_draws: _Count
     cache_experts: int | None = None
 
 
-class Made(_Model):
+class Made(FileModel):
     """By what the file was made."""
 
     date: str
@@ -267,7 +290,7 @@ class Made(_Model):
     seconds: float
 
 
-class Results(_Model):
+class Results(FileModel):
     """The content of a results file.
 
     Attributes:
@@ -301,14 +324,29 @@ class Results(_Model):
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != "specmoe-results":
             raise SpecmoeError(f"{path} is not a specmoe results file")
-        protocol = content.get("protocol")
-        version = protocol.get("metric_version") if isinstance(protocol, dict) else None
-        if isinstance(version, int) and version != METRIC_VERSION:
-            raise SpecmoeError(
-                f"{path} was made under metric version {version}, this specmoe has version {METRIC_VERSION}: "
-                "run `specmoe train` again, with --replace if into the same folder"
-            )
+        check_metric_version(content, path, "run `specmoe train` again, with --replace if into the same folder")
         return validated(cls, content, path)
+
+    @model_validator(mode="after")
+    def _tables_are_whole(self) -> Results:
+        horizons, documents = len(self.protocol.horizons), len(self.test_documents.ids)
+        tables: dict[str, tuple[tuple[Any, ...], ...]] = {
+            "test_documents.events": self.test_documents.events,
+            "test_documents.cold": self.test_documents.cold,
+        }
+        for each in self.predictors:
+            tables[f"per_layer of {each.name}"] = each.per_layer
+            for metric, seeds in each.document_sums.items():
+                tables |= {f"document_sums {metric} of {each.name}": sums for sums in seeds}
+                if any(len(sums) != documents for sums in seeds):
+                    raise ValueError(f"document_sums {metric} of {each.name} are not of {documents} documents")
+        for name, table in tables.items():
+            if any(len(row) != horizons for row in table):
+                raise ValueError(f"{name} has a row that is not of {horizons} horizons")
+        for name in ("events", "cold"):
+            if len(getattr(self.test_documents, name)) not in {0, documents}:
+                raise ValueError(f"test_documents.{name} is not of {documents} documents")
+        return self
 
     def save(self, path: Path) -> None:
         """Write the file atomically."""

@@ -13,7 +13,11 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["REFERENCE", "ExpertKey", "Topology"]
+__all__ = ["LARGEST_EXPERT", "REFERENCE", "ExpertKey", "Topology"]
+
+
+# In bytes: with the most layers and experts, the sizes of all experts together stay below 2^63.
+LARGEST_EXPERT = 1 << 35
 
 
 class ExpertKey(NamedTuple):
@@ -54,9 +58,9 @@ class Topology(BaseModel):
     top_k: int = Field(ge=1)
     hidden_size: int = Field(ge=0, le=1 << 20)
     zero_experts: int = Field(default=0, ge=0, le=32767)
-    bytes_per_expert: int | None = Field(default=None, ge=1)
+    bytes_per_expert: int | None = Field(default=None, ge=1, le=LARGEST_EXPERT)
     experts_per_layer: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    bytes_per_expert_by_layer: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    bytes_per_expert_by_layer: tuple[Annotated[int, Field(ge=1, le=LARGEST_EXPERT)], ...] | None = None
 
     @model_validator(mode="before")
     @classmethod

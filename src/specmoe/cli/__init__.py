@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,9 @@ from specmoe.cli import (
     validating,
     verdict,
 )
+from specmoe.cli.terminal import guarded_output, shown
 from specmoe.errors import SpecmoeError
+from specmoe.memory import ran_out
 
 __all__ = ["app", "main", "run_verb"]
 
@@ -82,7 +85,13 @@ def _options(
 def main() -> None:
     """Entry point of the ``specmoe`` command."""
     _hush_dependencies()
-    sys.exit(run_verb(sys.argv[1:]))
+    code = run_verb(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # It was said already. What could not be written is dropped, or the interpreter would fail on it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def _hush_dependencies() -> None:
@@ -104,13 +113,21 @@ def run_verb(arguments: list[str]) -> int:
     Errors that the user can put right end in one line on standard error and code 2, Ctrl-C in code 130.
     """
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        with guarded_output():
+            code = app(arguments, standalone_mode=False) or 0
     except SpecmoeError as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return _refuse(str(error))
     except _UsageError as error:
-        error.show()
-        return 2
+        if not error.format_message():  # Nothing was asked for, and the help has been printed.
+            return 2
+        return _refuse(f"{error.format_message().rstrip('.')}; see: specmoe {_verb_of(error)}--help")
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        return _refuse(
+            "memory ran out; lower what is held at once (--workers, --batch, --horizons, --max-tokens, "
+            "--tokens-per-document, the window of a recipe), or take a machine with more"
+        )
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except BrokenPipeError:
@@ -123,5 +140,20 @@ def run_verb(arguments: list[str]) -> int:
     return code
 
 
+def _refuse(message: str) -> int:
+    """Say in one line what the user can put right; returns the exit code."""
+    _say(f"error: {shown(' '.join(message.split()))}")
+    return 2
+
+
+def _verb_of(error: Any) -> str:
+    """The verb whose options an error is about and a space; empty where there is none yet."""
+    context, names = getattr(error, "ctx", None), ""
+    while context is not None and context.parent is not None:
+        context, names = context.parent, f"{context.info_name} {names}"
+    return names
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # A full disk behind it: the exit code is all that is left to tell.
+        print(text, file=sys.stderr, flush=True)

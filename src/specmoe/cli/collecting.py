@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
+from specmoe.cli.options import LARGEST_SEED, AsJson, Device, Out, finite, print_json, resolve_device
 from specmoe.errors import SpecmoeError
 
 __all__ = ["register"]
@@ -31,17 +31,22 @@ def collect(
             "default: the held-out standard library."
         ),
     ] = None,
-    tokens_per_document: Annotated[int, typer.Option(min=2, help="Each document is cut there.")] = 512,
+    tokens_per_document: Annotated[int, typer.Option(min=2, max=1 << 30, help="Each document is cut there.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens.")] = None,
     keep_hidden: Annotated[str, typer.Option(help="Router inputs: all, none, or sample:0.1 of the documents.")] = "all",
     hidden_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     stack: Annotated[str | None, typer.Option(help="Of an encoder-decoder: decoder (default) or encoder.")] = None,
     generate: Annotated[
-        int | None, typer.Option(min=1, help="Let the model continue each document by so many tokens.")
+        int | None, typer.Option(min=1, max=1 << 20, help="Let the model continue each document by so many tokens.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of --generate; 0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Of --generate; 0 takes the likeliest token.")
+    ] = 0.0,
     untrained: Annotated[bool, typer.Option(help="Random weights of the same shape, as a control.")] = False,
-    seed: Annotated[int, typer.Option(help="Order of documents, and the weights of --untrained.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=-LARGEST_SEED, max=LARGEST_SEED, help="Order of documents, and the weights of --untrained."),
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as stored.")] = "float32",
     device: Device = "auto",
     device_map: Annotated[

@@ -30,11 +30,11 @@ def ensemble(
         list[str] | None, typer.Option(help="Names of predictors of the run; may be given several times.")
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=2, help="So many of the strongest on the validation part; default: 5.")
+        int | None, typer.Option(min=2, max=1000, help="So many of the strongest on the validation part; default: 5.")
     ] = None,
     student: Annotated[str | None, typer.Option(help="Predictor that the blend teaches.")] = None,
     picks: Annotated[int, typer.Option(min=1, max=100, help="Of the greedy selection, at most.")] = 12,
-    seeds: Annotated[int | None, typer.Option(min=1, help="At most so many of the run's seeds.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=100, help="At most so many of the run's seeds.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: RUN/ensemble.")] = None,
     device: Device = "auto",
     json: AsJson = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, print_json
+from specmoe.cli.options import LARGEST_EXPERT, AsJson, print_json
 
 if TYPE_CHECKING:
     from specmoe.offload.hardware.profile import Hardware
@@ -26,9 +26,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(json: AsJson = False) -> None:
     """Every ready profile with its links and its device."""
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.offload.hardware.profile import load_hardware, ready_hardware
 
     profiles = [load_hardware(name) for name in ready_hardware()]
@@ -47,7 +47,7 @@ def list_(json: AsJson = False) -> None:
             f"{profile.compute.memory_bandwidth / 1e9:,.4g}",
             f"{profile.compute.flops / 1e12:,.4g}",
         )
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def show(
@@ -70,7 +70,8 @@ def measure(
         Path | None, typer.Option(help="On the disk that would hold the experts; default: where --out lies.")
     ] = None,
     expert_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Also read in this size; default: that of --model's experts.")
+        int | None,
+        typer.Option(min=1, max=LARGEST_EXPERT, help="Also read in this size; default: that of --model's experts."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Directory, hub id or 'bundled': time its layers and experts too.")

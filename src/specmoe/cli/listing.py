@@ -16,9 +16,9 @@ def register(app: typer.Typer) -> None:
 
 def list_(json: AsJson = False) -> None:
     """Every predictor with its category, what it needs, its size and its source."""
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.predictors.catalogue import catalogue
 
     entries = catalogue()
@@ -38,4 +38,4 @@ def list_(json: AsJson = False) -> None:
             f"{entry.demo_parameters:,}",
             entry.source,
         )
-    Console().print(table)
+    SafeConsole().print(table)

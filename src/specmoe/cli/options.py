@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ import typer
 from specmoe.errors import SpecmoeError
 
 __all__ = [
+    "LARGEST_EXPERT",
+    "LARGEST_SEED",
     "AsJson",
     "Device",
     "Horizons",
@@ -21,11 +24,18 @@ __all__ = [
     "Seeds",
     "TracePath",
     "Workers",
+    "finite",
     "parse_horizons",
     "print_json",
     "resolve_device",
     "resolve_recipes",
 ]
+
+# Times the million by which seeds are spread, still one that PyTorch's generators take.
+LARGEST_SEED = 1 << 42
+# Bytes, as a topology has it; importing that here would make every --help wait for pydantic.
+LARGEST_EXPERT = 1 << 35
+_MOST_HORIZON = 1024
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
@@ -35,7 +45,7 @@ TracePath = Annotated[Path, typer.Argument(help="Directory of a trace.")]
 Only = Annotated[list[str] | None, typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")]
 Seeds = Annotated[int, typer.Option(min=1, max=100, help="Runs of each learned predictor.")]
 Horizons = Annotated[str, typer.Option(help="MoE layers ahead, like 1-4 or 1,3,5.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=4096, help="Processes; default: one a core.")]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipes", help="JSON file of changed recipes, as `specmoe tune` writes.")
 ]
@@ -52,12 +62,27 @@ def parse_horizons(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            horizons.update(range(int(first), int(last or first) + 1))
+            low, high = int(first), int(last or first)
+            # Before the range is built, which may be as long as memory is large.
+            if low < 1 or high > _MOST_HORIZON:
+                raise SpecmoeError(f"--horizons {text!r}: each must lie between 1 and {_MOST_HORIZON}")
+            horizons.update(range(low, high + 1))
     except ValueError as error:
         raise SpecmoeError(f"--horizons {text!r} is not a list like 1-4 or 1,3,5") from error
-    if not horizons or min(horizons) < 1 or max(horizons) > 1024:
-        raise SpecmoeError(f"--horizons {text!r}: each must lie between 1 and 1024")
+    if not horizons:
+        raise SpecmoeError(f"--horizons {text!r} names none; give a list like 1-4 or 1,3,5")
     return tuple(sorted(horizons))
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options whose value is a number: NaN passes every bound, and what is too large becomes infinite.
+
+    Raises:
+        typer.BadParameter: it is NaN or infinite.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number to work with.")
+    return value
 
 
 def resolve_device(device: str) -> str:

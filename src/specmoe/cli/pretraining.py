@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, Device, Out, print_json, resolve_device
+from specmoe.cli.options import LARGEST_SEED, AsJson, Device, Out, finite, print_json, resolve_device
 from specmoe.locks import writes
 
 __all__ = ["register"]
@@ -23,14 +23,18 @@ def pretrain(
     shape: Annotated[
         str, typer.Option(help="olmoe (8 layers × 16, top-2), olmoe-32x4 (top-4 of 32) or switch (top-1).")
     ] = "olmoe",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps; about one a second on one core.")] = 4400,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 4,
-    context: Annotated[int, typer.Option(min=16, help="Tokens a sequence.")] = 512,
-    vocabulary: Annotated[int, typer.Option(min=300, help="Tokens of the byte-level BPE.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, max=10**9, help="Optimizer steps; about one a second on one core.")
+    ] = 4400,
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences a step.")] = 4,
+    context: Annotated[int, typer.Option(min=16, max=1 << 17, help="Tokens a sequence.")] = 512,
+    vocabulary: Annotated[int, typer.Option(min=300, max=1 << 20, help="Tokens of the byte-level BPE.")] = 2048,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, max=10.0, callback=finite, help="Peak learning rate.")
+    ] = 3e-3,
+    seed: Annotated[int, typer.Option(min=-LARGEST_SEED, max=LARGEST_SEED, help="Of weights and order.")] = 0,
     device: Device = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; one is fastest beside other work.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="CPU threads; one is fastest beside other work.")] = 1,
     json: AsJson = False,
 ) -> None:
     """Train a small MoE language model on the standard library; killed and started again, it continues."""

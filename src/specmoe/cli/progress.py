@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from specmoe.cli.terminal import SafeConsole
 from specmoe.suite.jobs import Job
 from specmoe.suite.run import JobEvent
 from specmoe.suite.train import Plan
@@ -27,12 +28,12 @@ class ProgressLine:
     """
 
     def __init__(self, title: str) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, soft_wrap=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -56,7 +57,7 @@ class ProgressLine:
         if not self._console.is_terminal and (time.monotonic() - self._said > _LINE_SECONDS or finished):
             self._said = time.monotonic()
             so_far = f"{done:,.0f}" if total is None else f"{100 * done / max(total, 1e-9):.0f} %"
-            self._console.print(f"{self._title}: {so_far}  {note}", highlight=False)
+            self._console.print(f"{self._title}: {so_far}  {note}", highlight=False, markup=False)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -67,7 +68,7 @@ class TrainingView:
     """What runs, how well each learns, and how long it will take."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = SafeConsole(stderr=True, soft_wrap=True)
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),

@@ -26,6 +26,7 @@ def report(
     json: AsJson = False,
 ) -> None:
     """Show results again: the table here, the page as a file."""
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.files import may_replace, remove_leftovers
     from specmoe.report.charts import is_figure, ranking_figure
     from specmoe.report.html import write_report
@@ -48,5 +49,5 @@ def report(
     if json:
         print_json(loaded.model_dump(mode="json"))
         return
-    print_results(loaded)
+    print_results(loaded, SafeConsole())
     typer.echo(f"\nreport: {page}")

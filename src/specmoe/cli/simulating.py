@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, Device, Out, TracePath, parse_horizons, print_json, resolve_device
+from specmoe.cli.options import (
+    LARGEST_EXPERT,
+    AsJson,
+    Device,
+    Out,
+    TracePath,
+    finite,
+    parse_horizons,
+    print_json,
+    resolve_device,
+)
 from specmoe.cli.stages import StageLine
 from specmoe.errors import SpecmoeError
 from specmoe.locks import writes
@@ -38,8 +48,12 @@ def simulate(
     hardware: Annotated[
         str, typer.Option(help="A ready profile (`specmoe hardware list`) or a file of `specmoe hardware measure`.")
     ] = "rtx-4090",
-    bandwidth: Annotated[float | None, typer.Option(help="GB/s of the link into the device, instead.")] = None,
-    latency: Annotated[float | None, typer.Option(help="µs that each of its transfers costs, instead.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(callback=finite, help="GB/s of the link into the device, instead.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(callback=finite, help="µs that each of its transfers costs, instead.")
+    ] = None,
     capacity: Annotated[str, typer.Option(help="That the device holds: 25% of all experts, 8GiB, or 32.")] = "25%",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Each layer has its own part of it.")] = False,
     host_capacity: Annotated[
@@ -64,10 +78,17 @@ def simulate(
         str | None,
         typer.Option(help="trace: prompts at once, as recorded; decode: all token by token. Default: what fits."),
     ] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt in one step, at most.")] = 512,
-    expert_bytes: Annotated[int | None, typer.Option(min=1, help="Size of an expert; default: the trace's.")] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, max=1 << 30, help="Tokens of a prompt in one step, at most.")
+    ] = 512,
+    expert_bytes: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_EXPERT, help="Size of an expert; default: the trace's.")
+    ] = None,
     predictor_seconds: Annotated[
-        float | None, typer.Option(min=0, help="That a prediction takes; default: as measured in the run, else 0.")
+        float | None,
+        typer.Option(
+            min=0, max=1e6, callback=finite, help="That a prediction takes; default: as measured in the run, else 0."
+        ),
     ] = None,
     documents: Annotated[
         str | None,
@@ -145,8 +166,8 @@ def hardware_of(name: str, bandwidth: float | None, latency: float | None) -> tu
 
     hardware, changed, update = load_hardware(name), [], {}
     if bandwidth is not None:
-        if not 0 < bandwidth < 1e9:
-            raise SpecmoeError(f"--bandwidth {bandwidth:g}: give GB/s above 0")
+        if not 1e-9 <= bandwidth < 1e9:
+            raise SpecmoeError(f"--bandwidth {bandwidth:g}: give GB/s above 0 (0.000000001 is one byte a second)")
         update["bandwidth"] = bandwidth * 1e9
         changed.append(f"bandwidth of the link into the device: {bandwidth:g} GB/s")
     if latency is not None:
@@ -159,9 +180,9 @@ def hardware_of(name: str, bandwidth: float | None, latency: float | None) -> tu
 
 
 def _tell(results: SimulationResults) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.offload.words import found, run_table
 
     columns, rows = run_table(results)
@@ -170,9 +191,9 @@ def _tell(results: SimulationResults) -> None:
         table.add_column(column, justify="left" if place < 3 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = SafeConsole()
     # In a pipe nothing may be cut to the width of a terminal that is not there.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    (console if console.is_terminal else SafeConsole(width=200)).print(table)
     typer.echo("\n".join(found(results)))
 
 

@@ -40,6 +40,8 @@ def register(app: typer.Typer) -> None:
     app.command("leave-one-domain-out")(leave_one_domain_out)
 
 
+_MOST_SHARES = 100
+
 Only = Annotated[
     list[str] | None,
     typer.Option(help="Names or patterns like 'Tiny*', several times; ridge and a token table are shown beside."),
@@ -107,6 +109,8 @@ def parse_shares(text: str) -> tuple[float, ...]:
         raise SpecmoeError(f"--shares {text!r} is not a list of percentages like 12.5,25,50,100") from error
     if not all(0 < share <= 1 for share in shares):
         raise SpecmoeError(f"--shares {text!r}: each must lie above 0 and be at most 100")
+    if len(shares) > _MOST_SHARES:
+        raise SpecmoeError(f"--shares has {len(shares)} shares, each to be trained on; give at most {_MOST_SHARES}")
     return shares
 
 

@@ -67,6 +67,7 @@ def train(
 ) -> None:
     """Train and judge predictors on a trace; killed and started again, it continues; trained before, they stay."""
     from specmoe.cli.steps import train_on
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.predictors.registry import select
     from specmoe.report.html import write_report
     from specmoe.report.terminal import print_results
@@ -92,7 +93,7 @@ def train(
     if json:
         print_json(results.model_dump(mode="json"))
         return
-    print_results(results)
+    print_results(results, SafeConsole())
     typer.echo(f"\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}")
     if not any(predictor.status == "ok" for predictor in results.predictors):
         raise SpecmoeError("no run finished; the table above says why")

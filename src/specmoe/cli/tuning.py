@@ -16,6 +16,7 @@ from specmoe.cli.options import (
     RecipeFile,
     TracePath,
     Workers,
+    finite,
     parse_horizons,
     print_json,
     resolve_device,
@@ -41,14 +42,18 @@ def tune(
     trace: TracePath,
     only: Annotated[list[str], typer.Option(help="Names or patterns like 'Tiny*'; may be given several times.")],
     out: Out,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier runs among them.")] = 20,
+    trials: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Trials in all, those of earlier runs among them.")
+    ] = 20,
     workers: Workers = None,
     horizons: Horizons = "1-4",
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which no trial is begun.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Seconds after which no trial is begun.")
+    ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the best recipe into OUT/recipes.json.")] = False,
     recipes: RecipeFile = None,
     preset: PresetName = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the proposals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=4000, help="Of the weights and of the proposals.")] = 0,
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:
@@ -137,9 +142,9 @@ class _View:
 
 
 def _print(search: Search) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from specmoe.cli.terminal import SafeConsole
     from specmoe.tuning import evidence_in_words, gain_in_words
 
     table = Table(title=f"{search.predictor}: validation recall@K, mean over horizons")
@@ -154,7 +159,7 @@ def _print(search: Search) -> None:
         name = "in force" if trial.in_force else str(trial.number)
         cells = (f"{100 * (trial.recall or 0):.2f} %", f"{trial.best_epoch} of {trial.epochs}", f"{trial.seconds:.0f}")
         table.add_row(name, *cells, said or "–")
-    Console().print(table)
+    SafeConsole().print(table)
     states = [trial.state for trial in search.trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
     again = f"; {search.interrupted} interrupted and tried again" if search.interrupted else ""

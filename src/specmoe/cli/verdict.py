@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specmoe.cli.options import AsJson, Device, Out, TracePath, print_json, resolve_device
+from specmoe.cli.options import LARGEST_EXPERT, AsJson, Device, Out, TracePath, finite, print_json, resolve_device
 from specmoe.errors import SpecmoeError
 from specmoe.locks import writes
 
@@ -32,8 +32,12 @@ def verdict(
     hardware: Annotated[
         str, typer.Option(help="A ready profile (`specmoe hardware list`) or a file of `specmoe hardware measure`.")
     ] = "rtx-4090",
-    bandwidth: Annotated[float | None, typer.Option(help="GB/s of the link into the device, instead.")] = None,
-    latency: Annotated[float | None, typer.Option(help="µs that each of its transfers costs, instead.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(callback=finite, help="GB/s of the link into the device, instead.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(callback=finite, help="µs that each of its transfers costs, instead.")
+    ] = None,
     capacity: Annotated[str, typer.Option(help="That the device holds: 25% of all experts, 8GiB, or 32.")] = "25%",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Each layer has its own part of it.")] = False,
     host_capacity: Annotated[
@@ -41,9 +45,14 @@ def verdict(
     ] = None,
     policy: Annotated[str, typer.Option(help="Of eviction, as it is now.")] = "lru",
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences side by side.")] = 1,
-    expert_bytes: Annotated[int | None, typer.Option(min=1, help="Size of an expert; default: the trace's.")] = None,
+    expert_bytes: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_EXPERT, help="Size of an expert; default: the trace's.")
+    ] = None,
     predictor_seconds: Annotated[
-        float | None, typer.Option(min=0, help="That a prediction takes; default: as measured in the run, else 0.")
+        float | None,
+        typer.Option(
+            min=0, max=1e6, callback=finite, help="That a prediction takes; default: as measured in the run, else 0."
+        ),
     ] = None,
     documents: Annotated[
         str | None,
@@ -53,7 +62,9 @@ def verdict(
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Whole documents up to so many tokens.")] = None,
-    worth: Annotated[float, typer.Option(min=0, max=1000, help="% of tokens/s that make prefetching worth it.")] = 3.0,
+    worth: Annotated[
+        float, typer.Option(min=0, max=1000, callback=finite, help="% of tokens/s that make prefetching worth it.")
+    ] = 3.0,
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:

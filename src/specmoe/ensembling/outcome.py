@@ -5,22 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
-from specmoe.results import METRIC_VERSION, ByHorizon, Interval, Latency, Made, Protocol, TraceFacts, validated
+from specmoe.results import ByHorizon, Interval, Latency, Made, Protocol, TraceFacts, check_metric_version, validated
+from specmoe.schema import FileModel
 
 __all__ = ["Check", "Contender", "EnsembleResult", "MemberFacts", "load_ensemble", "save_ensemble"]
 
 Key = Literal["best", "blend", "greedy", "student", "taught"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class MemberFacts(_Model):
+class MemberFacts(FileModel):
     """A member of the ensemble.
 
     Attributes:
@@ -35,7 +32,7 @@ class MemberFacts(_Model):
     picks: float
 
 
-class Check(_Model):
+class Check(FileModel):
     """Weights fitted on one half of the validation documents, judged on the other half.
 
     Attributes:
@@ -59,7 +56,7 @@ class Check(_Model):
     picks: tuple[str, ...] = ()
 
 
-class Contender(_Model):
+class Contender(FileModel):
     """One of those that are compared, on the test part.
 
     Attributes:
@@ -85,7 +82,7 @@ class Contender(_Model):
     files: tuple[str, ...] = ()
 
 
-class EnsembleResult(_Model):
+class EnsembleResult(FileModel):
     """The content of ``ensemble.json``.
 
     Attributes:
@@ -128,11 +125,8 @@ def load_ensemble(path: Path) -> EnsembleResult:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != "specmoe-ensemble":
         raise SpecmoeError(f"{path} is not a results file of an ensemble")
-    result = validated(EnsembleResult, content, path)
-    version = result.protocol.metric_version
-    if version != METRIC_VERSION:
-        raise SpecmoeError(f"{path} was made under metric version {version}, not {METRIC_VERSION}; make it again")
-    return result
+    check_metric_version(content, path, "make it again")
+    return validated(EnsembleResult, content, path)
 
 
 def save_ensemble(result: EnsembleResult, path: Path) -> None:

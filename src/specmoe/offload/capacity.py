@@ -6,6 +6,7 @@ experts fit then depends on which. Both are *units*: an expert takes one, or as 
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -97,6 +98,8 @@ def parse_capacity(text: str, topology: Topology, expert_bytes: ExpertBytes | No
     if match is None:
         raise SpecmoeError(f"capacity {text!r} cannot be read; give {_SAID}")
     number, unit = float(match[1]), match[2].lower()
+    if not math.isfinite(number):
+        raise SpecmoeError(f"capacity of {len(match[1])} digits is too large; give {_SAID}")
     if unit == "" and 0 < number < 1:
         number, unit = 100 * number, "%"
     if unit == "%":

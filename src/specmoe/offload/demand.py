@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
+from specmoe.offload.compiled import keeping
 from specmoe.topology import Topology
 from specmoe.trace import Trace
 from specmoe.trace.record import Phase
@@ -105,8 +105,8 @@ class Demand:
             prefill_chunk: prompt tokens of a sequence that are run in one step, at most.
 
         Raises:
-            SpecmoeError: nothing to replay, an argument that cannot be, or a looped transformer, whose layers run
-                several times with the same experts.
+            SpecmoeError: nothing to replay, no token that is routed, an argument that cannot be, or a looped
+                transformer, whose layers run several times with the same experts.
         """
         if "layer_order" in trace.manifest.source.settings:
             raise SpecmoeError(
@@ -114,7 +114,7 @@ class Demand:
                 "run's experts as others, so such a trace cannot be simulated yet; it can be trained on and judged"
             )
         records = [trace.read(index, ()) for index in documents]
-        return cls.of_records(
+        demand = cls.of_records(
             trace.topology,
             [record.expert_ids.numpy() for record in records],
             [record.phase.numpy() for record in records],
@@ -122,6 +122,12 @@ class Demand:
             batch=batch,
             prefill_chunk=prefill_chunk,
         )
+        if not demand.accesses:
+            raise SpecmoeError(
+                f"no token of these documents is routed to an expert ({trace.directory}), so there is nothing to load; "
+                "see specmoe validate, and collect or import it again"
+            )
+        return demand
 
     @classmethod
     def of_records(
@@ -197,7 +203,7 @@ def _steps(
     return step_N, group_N
 
 
-@numba.njit(cache=True)
+@keeping()
 def _merge(
     ids_NLK: NDArray[np.int16], first_J: NDArray[np.int64], experts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
@@ -232,7 +238,7 @@ def _merge(
     return starts, keys[:total].copy(), tokens[:total].copy()
 
 
-@numba.njit(cache=True)
+@keeping()
 def _next_uses(keys_M: NDArray[np.int32], starts_V: NDArray[np.int64], keys: int) -> NDArray[np.int64]:
     events = len(starts_V) - 1
     upcoming = np.full(keys, events, dtype=np.int64)

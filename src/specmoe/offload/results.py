@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
 from specmoe.offload.hardware.profile import Hardware
 from specmoe.results import Made, TraceFacts, validated
+from specmoe.schema import FileModel
 
 __all__ = [
     "Comparison",
@@ -30,11 +31,7 @@ _FORMAT = "specmoe-simulation"
 _VERSION = 2
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class DemandFacts(_Model):
+class DemandFacts(FileModel):
     """What was replayed.
 
     Attributes:
@@ -72,7 +69,7 @@ class DemandFacts(_Model):
         return f"one {noun}" if number == 1 else f"{number:,} {plural}"
 
 
-class MachineFacts(_Model):
+class MachineFacts(FileModel):
     """On what.
 
     Attributes:
@@ -117,7 +114,7 @@ class MachineFacts(_Model):
         return self.capacity / (self.experts if isinstance(self.expert_bytes, int) else self.all_bytes or self.capacity)
 
 
-class PredictorFacts(_Model):
+class PredictorFacts(FileModel):
     """A predictor whose prefetches were simulated.
 
     Attributes:
@@ -137,14 +134,14 @@ class PredictorFacts(_Model):
     recall: dict[int, float] = Field(default_factory=dict)
 
 
-class Quantiles(_Model):
+class Quantiles(FileModel):
     """Median and 95th percentile, in seconds."""
 
     p50: float
     p95: float
 
 
-class Gain(_Model):
+class Gain(FileModel):
     """Tokens a second over those of a reference, minus 1.
 
     Attributes:
@@ -165,7 +162,7 @@ class Gain(_Model):
         return (self.low > 0) - (self.high < 0)
 
 
-class Comparison(_Model):
+class Comparison(FileModel):
     """A run beside two others on the same machine.
 
     Attributes:
@@ -181,7 +178,7 @@ class Comparison(_Model):
     bytes_per_byte_saved: float | None = None
 
 
-class RunResult(_Model):
+class RunResult(FileModel):
     """One simulated run. Bytes are those that went over the link into the device; times are seconds.
 
     Attributes:
@@ -263,7 +260,7 @@ class RunResult(_Model):
         return (self.compute + self.loading) / max(self.compute, self.loading)
 
 
-class CurvePoint(_Model):
+class CurvePoint(FileModel):
     """Misses of a policy that fetches on demand only, at a capacity: experts in all layers together."""
 
     capacity: int
@@ -277,7 +274,7 @@ class CurvePoint(_Model):
         return self.misses / max(1, self.accesses)
 
 
-class Curve(_Model):
+class Curve(FileModel):
     """The miss-ratio curve of a policy."""
 
     policy: str
@@ -285,7 +282,7 @@ class Curve(_Model):
     points: tuple[CurvePoint, ...]
 
 
-class SimulationResults(_Model):
+class SimulationResults(FileModel):
     """The content of ``simulation.json``.
 
     Attributes:
@@ -351,7 +348,7 @@ class SimulationResults(_Model):
         content = _content(path)
         if content.get("version") != _VERSION:
             raise SpecmoeError(
-                f"{path} has version {content.get('version')}, this specmoe has {_VERSION}: "
+                f"{path} has version {content.get('version')!r}, this specmoe has {_VERSION}: "
                 "run `specmoe simulate` again"
             )
         return validated(cls, content, path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoe.errors import SpecmoeError
 from specmoe.offload.admission.registry import ADMISSIONS, Admission
 from specmoe.offload.capacity import ExpertBytes, all_units, bytes_L, split_by_layer, unit_bytes, units_L
+from specmoe.offload.compiled import keeping
 from specmoe.offload.demand import Demand
 from specmoe.offload.hardware.cost import StepCost, step_cost
 from specmoe.offload.hardware.profile import Hardware
@@ -380,7 +380,7 @@ def least_seconds(demand: Demand, machine: Machine, loaded_V: NDArray[np.int64])
     return _least(layer_V, experts_V, loaded_V, unit / link.bandwidth, link.latency, slot)
 
 
-@numba.njit(cache=True)
+@keeping()
 def _least(
     layer_V: NDArray[np.float64],
     experts_V: NDArray[np.float64],

@@ -25,7 +25,7 @@ from specmoe.predictors._linear import LinearProbe, fit_linear_probe
 from specmoe.predictors.search import SHARED, SearchSpace
 from specmoe.topology import Topology
 
-__all__ = ["CompiledStep", "Knowledge", "Observation", "Predictor", "Recipe", "State", "parameter_count"]
+__all__ = ["CompiledStep", "Knowledge", "Observation", "Predictor", "Recipe", "State", "held_bytes", "parameter_count"]
 
 # exp of it is 0 in every floating-point format that is used, and it is finite, so that 0 times it is 0.
 _ABSENT = -1e4
@@ -241,6 +241,14 @@ def _without_absent(predictor: nn.Module, _given: Any, logits_BTSHE: Tensor) -> 
 def parameter_count(predictor: nn.Module) -> int:
     """Numbers that training adjusts (buffers of closed-form statistics do not count)."""
     return sum(parameter.numel() for parameter in predictor.parameters())
+
+
+def held_bytes(kind: type[Predictor], topology: Topology, horizons: tuple[int, ...]) -> int:
+    """Bytes of a predictor's parameters and buffers before it has seen anything; none of them is allocated."""
+    # The state of the generators is kept: what is only measured must not change what is drawn afterwards.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        module = kind(topology, horizons)
+    return sum(each.numel() * each.element_size() for each in (*module.parameters(), *module.buffers()))
 
 
 def _window_of(tokens: list[list[Observation]], topology: Topology) -> Window:

@@ -115,7 +115,8 @@ def _checked(kind: type[Predictor], name: str, value: Any) -> Any:
             said = " or ".join(str(option).lower() for option in options)
             raise SpecmoeError(f"{where} is {value!r}; it must be {said}")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Not math.isfinite: an integer may be too large for it.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         raise SpecmoeError(f"{where} is {value!r}; it must be a number")
     if name in _WHOLE and value != int(value):
         raise SpecmoeError(f"{where} is {value!r}; it must be a whole number")

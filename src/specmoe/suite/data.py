@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specmoe.dataset import PARTS, Split, Window, Windows
 from specmoe.errors import SpecmoeError
-from specmoe.predictors.base import Knowledge, Predictor
+from specmoe.memory import check_fits
+from specmoe.predictors.base import Knowledge, Predictor, held_bytes
 from specmoe.predictors.recipes import Recipes, kind_of
 from specmoe.residency import Residency, cache_size, replay
 from specmoe.suite.cut import Cut, cut_documents
@@ -31,6 +32,8 @@ EVALUATION_CONTEXT = 64
 _TRAINING_SAMPLE_TOKENS = 6000
 _JOURNEY_TOKENS = 40
 _PREPARATION_WINDOWS = 64
+# Of a predictor's numbers, beside themselves: counts in float64 and a batch's, or gradients and the optimizer's two.
+_COPIES = 4
 _PROTOCOL = Cut()
 
 
@@ -80,6 +83,14 @@ class SuiteData:
                 f"horizon {max(horizons)} reaches past the longest document "
                 f"({longest} tokens × {trace.topology.layers} layers); use smaller --horizons"
             )
+        # At the least what all experts of one document are given at every horizon, in float32.
+        given = trace.topology.layers * len(horizons) * trace.topology.experts * 4
+        check_fits(
+            min(longest, EVALUATION_LENGTH) * given,
+            f"predictions for a document of {longest:,} tokens, {trace.topology.layers} layers × "
+            f"{trace.topology.experts} experts × {len(horizons)} horizons,",
+            "use fewer --horizons, or collect with smaller --tokens-per-document",
+        )
         train = Windows(trace, split.parts["train"], length=TRAINING_LENGTH)
         return cls(trace, split, train, _whole(trace, split.parts["validation"]), horizons, recipes or {}, cut, cached)
 
@@ -94,7 +105,9 @@ class SuiteData:
 
     def training(self, kind: type[Predictor]) -> Windows:
         """The training part in windows of the length that a predictor's recipe asks for."""
-        length = kind.recipe.window
+        # A longer window holds no more than a whole document does, and would only be padded.
+        longest = max(self.trace.documents[index].tokens for index in self.split.parts["train"])
+        length = min(kind.recipe.window, max(longest, self.train.length))
         if length == self.train.length:
             return self.train
         if length not in self._training:
@@ -143,7 +156,17 @@ class SuiteData:
     def lacks(self, predictor: type[Predictor]) -> str:
         """Why a predictor cannot run on this trace; empty if it can."""
         missing = sorted(predictor.recipe.needs - self.available)
-        return f"the trace has no {' and no '.join(missing)}" if missing else ""
+        if missing:
+            return f"the trace has no {' and no '.join(missing)}"
+        try:
+            check_fits(
+                _COPIES * held_bytes(predictor, self.topology, self.horizons),
+                f"preparing it for {self.topology.layers} layers × {self.topology.experts} experts",
+                "take a machine with more, or fewer --horizons",
+            )
+        except SpecmoeError as error:
+            return str(error)
+        return ""
 
     @cached_property
     def journey(self) -> tuple[int, Window]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
-from specmoe.results import METRIC_VERSION, ByHorizon, Made, Protocol, TraceFacts, validated
+from specmoe.results import ByHorizon, Made, Protocol, TraceFacts, check_metric_version, validated
+from specmoe.schema import FileModel
 
 __all__ = [
     "CurvePoint",
@@ -23,11 +24,7 @@ __all__ = [
 ]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Studied(_Model):
+class Studied(FileModel):
     """A predictor of a study.
 
     Attributes:
@@ -42,7 +39,7 @@ class Studied(_Model):
     reason: str = ""
 
 
-class CurveResult(_Model):
+class CurveResult(FileModel):
     """One predictor at one share of the training documents.
 
     Attributes:
@@ -56,7 +53,7 @@ class CurveResult(_Model):
     gain: ByHorizon = Field(default_factory=dict)
 
 
-class CurvePoint(_Model):
+class CurvePoint(FileModel):
     """Everything at one share (0 to 1) of the training documents; the smaller shares lie within the larger ones."""
 
     share: float
@@ -66,7 +63,7 @@ class CurvePoint(_Model):
     results: tuple[CurveResult, ...]
 
 
-class LearningCurve(_Model):
+class LearningCurve(FileModel):
     """recall@K on the same test documents, by how many documents were trained on.
 
     Attributes:
@@ -85,7 +82,7 @@ class LearningCurve(_Model):
     points: tuple[CurvePoint, ...]
 
 
-class DomainResult(_Model):
+class DomainResult(FileModel):
     """One predictor and one domain (or all together), recall@K by horizon.
 
     Attributes:
@@ -103,7 +100,7 @@ class DomainResult(_Model):
     whole: ByHorizon = Field(default_factory=dict)
 
 
-class HeldOut(_Model):
+class HeldOut(FileModel):
     """A domain that was kept out.
 
     Attributes:
@@ -121,7 +118,7 @@ class HeldOut(_Model):
     results: tuple[DomainResult, ...]
 
 
-class DomainStudy(_Model):
+class DomainStudy(FileModel):
     """Each domain in turn kept out of training and validation, and judged on.
 
     Attributes:
@@ -157,11 +154,8 @@ def load_study(path: Path) -> Study:
     kind = _KINDS.get(content.get("format", "")) if isinstance(content, dict) else None
     if kind is None:
         raise SpecmoeError(f"{path} is not a results file of a study")
-    study = validated(kind, content, path)
-    if study.protocol.metric_version != METRIC_VERSION:
-        version = study.protocol.metric_version
-        raise SpecmoeError(f"{path} was made under metric version {version}, not {METRIC_VERSION}; make it again")
-    return study
+    check_metric_version(content, path, "make it again")
+    return validated(kind, content, path)
 
 
 def save_study(study: Study, path: Path) -> None:

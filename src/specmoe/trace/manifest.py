@@ -123,7 +123,7 @@ class Manifest(_Strict):
             raise SpecmoeError(f"{path} does not describe a specmoe trace")
         if content.get("version") != VERSION:
             raise SpecmoeError(
-                f"{path} has trace version {content.get('version')}, this specmoe reads version {VERSION}; "
+                f"{path} has trace version {content.get('version')!r}, this specmoe reads version {VERSION}; "
                 "capture again"
             )
         if content.pop("sha256", None) != _digest(content):

@@ -6,12 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
 from specmoe.predictors.recipes import load_recipes
 from specmoe.results import ByHorizon, Interval
+from specmoe.schema import FileModel
 
 __all__ = [
     "Outcome",
@@ -27,11 +28,7 @@ __all__ = [
 TUNING, RECIPES = "tuning.json", "recipes.json"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Outcome(_Model):
+class Outcome(FileModel):
     """How one trial ended.
 
     Attributes:
@@ -55,7 +52,7 @@ class Outcome(_Model):
     reason: str = ""
 
 
-class Search(_Model):
+class Search(FileModel):
     """A search for one predictor on one trace.
 
     Attributes:
@@ -100,7 +97,7 @@ class Search(_Model):
         return next((trial for trial in self.trials if trial.in_force), None)
 
 
-class _File(_Model):
+class _File(FileModel):
     format: Literal["specmoe-tuning"] = "specmoe-tuning"
     version: Literal[1] = 1
     searches: dict[str, Search] = Field(default_factory=dict)

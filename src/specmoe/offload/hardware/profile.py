@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from specmoe.errors import SpecmoeError, unknown_name
 from specmoe.files import read_json, write_json
+from specmoe.schema import FileModel
 from specmoe.topology import Topology
 
 __all__ = ["Compute", "Hardware", "Link", "ModelCost", "is_profile", "load_hardware", "ready_hardware"]
@@ -21,11 +22,12 @@ __all__ = ["Compute", "Hardware", "Link", "ModelCost", "is_profile", "load_hardw
 _FORMAT, _VERSION = "specmoe-hardware", 1
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+# Whatever is divided by a rate then stays a number, with room for what no machine has.
+_Rate = Annotated[float, Field(ge=1e-6, le=1e24)]
+_Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
-class Link(_Data):
+class Link(FileModel):
     """What lies between two tiers of storage.
 
     A transfer holds one of ``parallelism`` slots for its fixed cost; then its bytes pass the bus, one transfer after
@@ -38,8 +40,8 @@ class Link(_Data):
     """
 
     name: str
-    bandwidth: float = Field(gt=0)
-    latency: float = Field(ge=0)
+    bandwidth: _Rate
+    latency: _Seconds
     parallelism: int = Field(default=1, ge=1, le=4096)
     queue_depth: int = Field(default=64, ge=1, le=1 << 20)
     source: str = ""
@@ -54,7 +56,7 @@ class Link(_Data):
         return max(passing, (transfers * self.latency + passing) / self.parallelism)
 
 
-class ModelCost(_Data):
+class ModelCost(FileModel):
     """What one model's parts cost on a device, measured; times in seconds.
 
     Attributes:
@@ -72,11 +74,11 @@ class ModelCost(_Data):
     top_k: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     expert_bytes: int = Field(ge=1)
-    layer_seconds: float = Field(ge=0)
-    token_layer_seconds: float = Field(ge=0)
-    expert_seconds: float = Field(gt=0)
-    token_seconds: float = Field(ge=0)
-    other_seconds: float = Field(ge=0)
+    layer_seconds: _Seconds
+    token_layer_seconds: _Seconds
+    expert_seconds: float = Field(gt=0, le=1e6)
+    token_seconds: _Seconds
+    other_seconds: _Seconds
 
     def is_of(self, topology: Topology) -> bool:
         """Whether ``topology`` has this model's shape; a hidden size of 0 is unknown and agrees with any."""
@@ -85,7 +87,7 @@ class ModelCost(_Data):
         ) and topology.hidden_size in {0, self.hidden_size}
 
 
-class Compute(_Data):
+class Compute(FileModel):
     """How fast the device computes.
 
     Attributes:
@@ -94,14 +96,14 @@ class Compute(_Data):
             the measured times count, for others the two rates. source: where the figures are from.
     """
 
-    memory_bandwidth: float = Field(gt=0)
-    flops: float = Field(gt=0)
-    kernel_seconds: float = Field(default=0.0, ge=0)
+    memory_bandwidth: _Rate
+    flops: _Rate
+    kernel_seconds: _Seconds = 0.0
     models: tuple[ModelCost, ...] = ()
     source: str = ""
 
 
-class Hardware(_Data):
+class Hardware(FileModel):
     """A machine for offloaded inference.
 
     Attributes:
@@ -150,7 +152,7 @@ class Hardware(_Data):
             raise SpecmoeError(f"{path} is not a hardware profile (its format is not {_FORMAT!r}); {again}")
         if content.get("version") != _VERSION:
             raise SpecmoeError(
-                f"{path} is a hardware profile of version {content.get('version')}, "
+                f"{path} is a hardware profile of version {content.get('version')!r}, "
                 f"this release reads {_VERSION}; {again}"
             )
         try:

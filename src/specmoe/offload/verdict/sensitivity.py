@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from specmoe.errors import SpecmoeError
 from specmoe.files import read_json, write_json
 from specmoe.offload.admission.registry import Admission
@@ -19,6 +17,7 @@ from specmoe.offload.running import scaled
 from specmoe.offload.simulator import Machine, Outcome, Run, least_capacity, simulate, simulate_oracle
 from specmoe.offload.words import capacity_text
 from specmoe.results import validated
+from specmoe.schema import FileModel
 
 __all__ = ["Cell", "Fewer", "Precision", "Sensitivity", "measure_sensitivity"]
 
@@ -34,11 +33,7 @@ _STORED_BITS = 16.0
 RECALLS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Cell(_Model):
+class Cell(FileModel):
     """One place of the table. Seconds of the whole demand.
 
     factor: on the links' bandwidth. capacity: experts held, or bytes where they differ in size. none, oracle: without
@@ -54,7 +49,7 @@ class Cell(_Model):
     group_seconds: tuple[float, ...] = ()
 
 
-class Fewer(_Model):
+class Fewer(FileModel):
     """Without prefetching, experts stored in ``bits`` a weight; ``capacity``: of the same bytes, in the same unit."""
 
     bits: float
@@ -63,14 +58,14 @@ class Fewer(_Model):
     group_seconds: tuple[float, ...]
 
 
-class Precision(_Model):
+class Precision(FileModel):
     """Prefetching K made-up guesses an event of which the share ``recall`` is right; its gain over none."""
 
     recall: float
     gain: float
 
 
-class Sensitivity(_Model):
+class Sensitivity(FileModel):
     """All of them. fingerprint: of what they depend on."""
 
     format: str = _FORMAT
