@@ -51,8 +51,12 @@ def test_train_writes_results_and_report(trained: Path) -> None:
 
 
 def test_train_prints_json(trained: Path, synthetic_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A checkpoint of other settings, whose training was killed; the job here is done.
+    stale = next((trained / "jobs").iterdir()) / "checkpoint-0123456789abcdef.safetensors"
+    stale.write_bytes(b"state")
     assert run_verb(["train", str(synthetic_path), "--out", str(trained), *SMALL_RUN, "--json"]) == 0
     printed = Results.model_validate_json(capsys.readouterr().out)
+    assert not stale.exists()
     assert printed.predictors[0].seeds == Results.load(trained / "results.json").predictors[0].seeds
 
 
