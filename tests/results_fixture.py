@@ -214,6 +214,9 @@ def bare_results() -> Results:
             "trace": whole.trace.model_copy(update={"layer_us_p50": None}),
             "split": whole.split.model_copy(update={"held_out_domain": None}),
             "protocol": whole.protocol.model_copy(update={"horizons": (1,)}),
+            "test_documents": whole.test_documents.model_copy(
+                update={"events": tuple(row[:1] for row in whole.test_documents.events)}
+            ),
         }
     )
 

@@ -243,8 +243,8 @@ def test_each_layer_computes_with_its_own_experts() -> None:
         name="h",
         description="",
         source="test",
-        links=(Link(name="link", bandwidth=1e30, latency=0.0),),
-        compute=Compute(memory_bandwidth=1e6, flops=1e30),
+        links=(Link(name="link", bandwidth=1e24, latency=0.0),),
+        compute=Compute(memory_bandwidth=1e6, flops=1e24),
     )
     cost = step_cost(fast, MIXED, SIZES)
     assert cost.expert_seconds_by_layer == (3.0, 1.0, 2.0)

@@ -192,7 +192,7 @@ def test_a_disk_that_takes_no_time_equals_two_tiers(data: st.DataObject) -> None
     demand = data.draw(demands())
     of = data.draw(machines(demand))
     run = data.draw(st.one_of(st.just(Run()), runs(demand, ("top", "confidence"))))
-    free = Link(name="free", bandwidth=1e30, latency=0.0, parallelism=4, queue_depth=1 << 10)
+    free = Link(name="free", bandwidth=1e24, latency=0.0, parallelism=4, queue_depth=1 << 10)
     bus = of.hardware.links[0].model_copy(update={"queue_depth": 1 << 10})
     two = replace(of, hardware=hardware(bus))
     host = 64 * int(units_L(demand.topology, of.expert_bytes).max())
