@@ -255,6 +255,35 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+ORPHAN = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from specmoe.suite.run import leave_with, parent_of_worker
+
+def late(path):
+    Path(path).write_text(f"{os.getpid()} ")
+    time.sleep(1)  # the parent is gone before anybody asks who it was
+    leave_with(parent_of_worker())
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=late, args=(sys.argv[1],)).start()
+    while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text().endswith(" "):
+        time.sleep(0.01)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="who still runs is read from /proc")
+def test_a_worker_whose_parent_died_before_it_looked_ends_too(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    subprocess.run([sys.executable, str(tmp_path / "orphan.py"), str(tmp_path / "pid")], check=True, timeout=60)
+    stat = Path("/proc") / (tmp_path / "pid").read_text().strip() / "stat"
+    deadline = time.monotonic() + 30
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def running_in_group(group: int) -> list[int]:
     """Processes of a group, without those that have ended and wait for somebody to read how."""
     found = []

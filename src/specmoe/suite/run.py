@@ -173,9 +173,17 @@ def _start_worker(
 ) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent_of_worker(),), daemon=True).start()
     _worker["at_work"] = at_work(out)
     _worker.update(data=SuiteData.load(trace, horizons, cut, recipes, cache_experts), out=out, device=device, news=news)
+
+
+def parent_of_worker() -> int:
+    """The process that started this worker, also if it is gone by now and the worker is somebody else's child."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is no worker"
+    assert parent.pid is not None
+    return parent.pid
 
 
 def leave_with(parent: int) -> None:

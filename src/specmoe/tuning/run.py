@@ -32,7 +32,7 @@ from specmoe.predictors.search import Choice, Place, SearchSpace
 from specmoe.results import METRIC_VERSION
 from specmoe.suite.cut import Cut
 from specmoe.suite.data import SuiteData
-from specmoe.suite.run import leave_with
+from specmoe.suite.run import leave_with, parent_of_worker
 from specmoe.training import EpochReport
 from specmoe.tuning.outcome import Outcome, Search, save_search
 from specmoe.tuning.space import distributions_of, space_of, start_of
@@ -295,7 +295,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(trace: Path, horizons: tuple[int, ...], cut: Cut, recipes: Recipes, task: Task, news: Any) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent_of_worker(),), daemon=True).start()
     data = SuiteData.load(trace, horizons, cut, recipes)
     _worker.update(data=data, task=task, news=news, study=open_study(task.out, task.study, pruner=_pruner()))
 
